@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.hub import is_checkpoint_name
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from experiment.config import DataConfig, DataFlags, EvaluationConfig, SamplingConfig
 from machine.stopping import without_garbage_collection
 from metrics.scores import PER_IMAGE, check_metrics, required_features
-from settings import set_values, unset, within
+from settings import reads, set_values, unset, within
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -78,9 +78,9 @@ class EvaluateConfig(EvaluationFlags):
         data: images of the reference, without a checkpoint or if they have moved (--data.path)
     """
 
-    samples: str | None = None
-    checkpoint: str | None = None
-    reference: str | None = None
+    samples: str | None = reads("samples", None)
+    checkpoint: str | None = reads("checkpoint", None)
+    reference: str | None = reads("reference", None)
     write_reference: str | None = None
     trials: int = within("[1, inf)", 1)
     sampling: SweptSampling = field(default_factory=SweptSampling, metadata={"short": True})
@@ -92,9 +92,9 @@ class EvaluateConfig(EvaluationFlags):
     output: str | None = None
     latex: bool = False
     precision: str = "auto"
-    autoencoder: str | None = None
-    perceptual: str = "lpips"
-    heads: str | None = None
+    autoencoder: str | None = reads("autoencoder", None)
+    perceptual: str = reads("name or file", "lpips")
+    heads: str | None = reads("file", None)
     imports: list[str] = field(default_factory=list)
     data: DataFlags = field(default_factory=DataFlags)
 
@@ -336,11 +336,6 @@ def check(config: EvaluateConfig) -> None:
         refuse(for_samples, "it is about samples; give --samples, or leave it out to measure --autoencoder")
         return
     refuse(("perceptual", "heads"), "it measures an autoencoder; leave it out, or leave --samples out")
-    if not Path(samples).exists() and not is_checkpoint_name(samples):
-        raise ValueError(
-            f"--samples {samples} does not exist; give a run's folder, a checkpoint, hf://owner/name, embedded, a "
-            "folder or zip of images, or an npz"
-        )
     if not is_run(samples):
         fixed = f"{samples} is a fixed set of images, there is nothing to draw"
         for name in set_values(config.sampling):
@@ -355,5 +350,4 @@ def check(config: EvaluateConfig) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(EvaluateConfig))
+    run_main(main, EvaluateConfig)

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from experiment.config import DataFlags, SamplingFlags
 from machine.stopping import without_garbage_collection
-from settings import SEEDS, set_values, within
+from settings import SEEDS, reads, set_values, within
 
 if TYPE_CHECKING:
     from checkpoints.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ class SampleConfig:
         data: with --reconstruct: where the held-out images are now (--data.path)
     """
 
-    checkpoint: str
+    checkpoint: str = reads("checkpoint")
     output: str | None = None
     classes: list[str] = field(default_factory=list)
     num_per_class: int = within("[1, inf)", 4)
@@ -62,7 +62,7 @@ class SampleConfig:
     interpolate: int | None = within("[2, inf)", None)
     to_seed: int | None = within(SEEDS, None)
     precision: str = "auto"
-    autoencoder: str | None = None
+    autoencoder: str | None = reads("autoencoder", None)
     imports: list[str] = field(default_factory=list)
     data: DataFlags = field(default_factory=DataFlags)
 
@@ -192,5 +192,4 @@ def second_output(output: Path, name: str) -> Path:
 if __name__ == "__main__":
     # --class is an alias, because a field cannot be called `class`.
     arguments = [a.replace("--class", "--classes", 1) if a.split("=")[0] == "--class" else a for a in sys.argv[1:]]
-    with one_line_errors():
-        main(parse(SampleConfig, arguments))
+    run_main(main, SampleConfig, arguments=arguments)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from experiment.cli import one_line_errors, parse_run
+from experiment.cli import parse_run, run_main
 from experiment.config import ExperimentConfig
 from machine.stopping import exit_on_signal
 from models import check_model
@@ -119,5 +119,4 @@ def train(run: Run[ExperimentConfig]) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse_run(ExperimentConfig))
+    run_main(main, ExperimentConfig, read=parse_run)

@@ -10,6 +10,7 @@ import yaml
 
 from experiment.cli import parse_mapping
 from experiment.config import ExperimentConfig
+from experiment.inputs import check_inputs
 from experiment.mappings import StrictLoader
 from settings import SEEDS, within
 
@@ -182,6 +183,18 @@ def expand_runs(ablation: AblationConfig, name: str) -> list[Run]:
             names = dict.fromkeys(run.variant for run in runs.values())
             raise ValueError(f"{key} {variant}: no such variant; there are {', '.join(names)}")
     return list(runs.values())
+
+
+def check_inputs_of(runs: list[Run], *, scores: bool) -> None:
+    """Raise ValueError, naming the variant, if a setting names a file or folder that does not exist; those of the
+    section `evaluation`, which trainings need for scores alone, only with `scores`."""
+    for run in runs:
+        try:
+            check_inputs(run.config)
+            if scores:
+                check_inputs(run.config.evaluation, "--evaluation.")
+        except ValueError as error:
+            raise ValueError(f"variant {run.variant}: {error}") from error
 
 
 def classes_to_draw(chosen: list[str], classes: list[str]) -> list[str]:

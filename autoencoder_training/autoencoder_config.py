@@ -5,7 +5,7 @@ from typing import Literal
 
 from experiment.config import DataConfig, OptimConfig
 from experiment.run_config import BaseLogConfig, BaseTrainConfig, RunConfig
-from settings import within
+from settings import reads, within
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class LossConfig:
     error: Literal["l1", "l2"] = "l1"
     learned_variance: bool = True
     kl_weight: float = within("[0, inf)", 1e-6)
-    perceptual: str | None = "lpips"
+    perceptual: str | None = reads("name or file", "lpips")
     perceptual_weight: float = within("[0, inf)", 1.0)
-    heads: str | None = None
+    heads: str | None = reads("file", None)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class AutoencodingConfig(RunConfig):
 
     name: str = "autoencoder"
     resume: str | None = None
-    init_from: str | None = None
+    init_from: str | None = reads("autoencoder", None)
     decoder_only: bool = False
     half: bool = False
     shapes_share: float = within("[0, 1]", 0.0)

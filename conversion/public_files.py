@@ -50,6 +50,11 @@ VA_VAE = (
 )
 
 
+def is_public(name: str) -> bool:
+    """Whether a name, with or without its suffix, is that of a public file."""
+    return any(name in (file, Path(file).stem) for file in (*FILES, f"{VA_VAE}.pt"))
+
+
 def public_autoencoder(weights: Path, source: str | None) -> list[Path]:
     """Resolve VA-VAE's name to its weights and its latents' statistics, downloaded if they are not next to each other
     here; other paths stay as given."""

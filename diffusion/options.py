@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from settings import within
+from settings import reads, within
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SamplingOptions:
     sampler: str | None = None
     sampler_args: dict[str, Any] = field(default_factory=dict)
     num_steps: int | None = within("[1, inf)", None)
-    spacing: str | None = None
+    spacing: str | None = reads("name or file", None)
     guidance_scale: float = within("[0, inf)", 1.0)
     guidance_interval: list[float] | None = within("[0, inf]", None)
     guidance_rescale: float = within("[0, 1]", 0.0)

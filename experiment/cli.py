@@ -19,6 +19,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, auto_cli, auto_parser, set_loader, set_parsing_settings
 
 from experiment.imports import load_imports
+from experiment.inputs import check_inputs
 from experiment.mappings import NAMES, StrictLoader, upgrade
 from experiment.run_config import R, with_resume
 from machine import children
@@ -153,6 +154,18 @@ def find_imports(arguments: list[str]) -> list[str]:
             elif flag == "--imports":
                 names = json.loads(value)
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def run_main(
+    main: Callable[[T], int | None], config_class: type[T], *, read: Callable[..., T] | None = None, **options: Any
+) -> None:
+    """Run a program: read its configuration (by default with `parse`, which receives the options), check that what it
+    names exists, and exit with the status that `main` returns, if it does."""
+    with one_line_errors():
+        config = (read or parse)(config_class, **options)
+        check_inputs(config)
+        if status := main(config):
+            raise SystemExit(status)
 
 
 def run_program(program: Callable[..., Any] | list[Callable[..., Any]], *, as_positional: bool = False) -> None:

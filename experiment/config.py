@@ -11,7 +11,7 @@ from diffusion.presets import DIFFUSIONS
 from experiment.open_section import open_section
 from experiment.run_config import BaseLogConfig, BaseTrainConfig, RunConfig
 from metrics.scores import DEFAULT, HELP
-from settings import SEEDS, unset, within
+from settings import SEEDS, reads, unset, within
 
 DEFAULT_EPOCHS = 100  # of a training that is given neither a number of epochs nor of steps
 
@@ -43,7 +43,7 @@ class DataConfig:
         cache: folder for encoded datasets, each in a subfolder that is built on first use
     """
 
-    path: str = "shapes"
+    path: str = reads("images", "shapes")
     label_column: str | None = None
     image_size: int = within("[1, 16384]", 64)
     test_fraction: float = within("(0, 1)", 0.2)
@@ -97,8 +97,8 @@ class AuxiliaryConfig:
 
     kind: str
     weight: float = within("(0, inf)")
-    network: str = "vgg19"
-    heads: str | None = None
+    network: str = reads("name or file", "vgg19")
+    heads: str | None = reads("file", None)
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class AlignmentConfig:
         kind: 'irepa' (convolutional projector, spatially normalised features) or 'repa' (three-layer MLP projector)
     """
 
-    extractor: str | None = None
-    weights_path: str | None = None
+    extractor: str | None = reads("name or file", None)
+    weights_path: str | None = reads("file", None)
     depth: float = within("(0, 1]", 0.4)
     weight: float = within("(0, inf)", 0.5)
     kind: Literal["irepa", "repa"] = "irepa"
@@ -202,7 +202,7 @@ class SamplingConfig(SamplingOptions):
             whatever its classes were (Domain Guidance, Zhong et al. 2025)
     """
 
-    guidance_checkpoint: str | None = None
+    guidance_checkpoint: str | None = reads("checkpoint", None)
     guidance_unlabelled: bool = False
 
 
@@ -228,8 +228,8 @@ class EvaluationConfig:
         batch_size: images per batch, on each process
     """
 
-    extractor: str = "inception"
-    weights_path: str | None = None
+    extractor: str = reads("name or file", "inception")
+    weights_path: str | None = reads("file", None)
     metrics: list[str] = field(default_factory=lambda: list(DEFAULT))
     num_samples: int | None = within("[1, inf)", None)
     labels: Literal["balanced", "reference", "random"] = "balanced"
@@ -283,11 +283,11 @@ class ExperimentConfig(RunConfig):
 
     model: str = "XSwin"
     model_args: dict[str, Any] = field(default_factory=dict)
-    autoencoder: str = "embedded"
+    autoencoder: str = reads("autoencoder", "embedded")
     imports: list[str] = field(default_factory=list)
     name: str | None = None
     resume: str | None = None
-    init_from: str | None = None
+    init_from: str | None = reads("checkpoint", None)
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     auxiliary: list[AuxiliaryConfig] = field(default_factory=list)
@@ -307,6 +307,10 @@ class ExperimentConfig(RunConfig):
         if self.train.label_dropout == 1 and self.data.use_labels:
             remedy = f"give less, or {prefix}data.use_labels false"
             raise ValueError(f"{prefix}train.label_dropout 1: no class would ever be trained; {remedy}")
+
+    @property
+    def unread(self) -> set[str]:
+        return super().unread | (set() if self.log.evaluate_every else {"evaluation"})
 
     @property
     def folder(self) -> Path:

@@ -65,6 +65,11 @@ class RunConfig:
     fixed = tuple[str, ...]()  # settings, or groups of them, that must not change on resume
 
     @property
+    def unread(self) -> set[str]:
+        """Settings whose files this training does not read."""
+        return {"init_from"} if self.resume else set()
+
+    @property
     def folder(self) -> Path:
         """The run's folder, below `runs`."""
         return Path(self.resume) if self.resume else join_inside(Path("runs"), str(self.name), "--name")

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ablation.study import AblationConfig, ClusterConfig, expand_runs, read_ablation
-from experiment.cli import one_line_errors, parse
+from ablation.study import AblationConfig, ClusterConfig, check_inputs_of, expand_runs, read_ablation
+from experiment.cli import run_main
 from machine.atomic_files import join_inside
 from machine.children import EXIT_CODE
 from machine.stopping import without_garbage_collection
-from settings import within
+from settings import reads, within
 
 STARTED = time.time()
 
@@ -44,14 +44,14 @@ class AblateConfig:
         name: name of the folder in runs/; by default that of the YAML
     """
 
-    ablation: str
+    ablation: str = reads("file")
     set: dict[str, Any] = field(default_factory=dict)
     only: Literal["plan", "report"] | None = None
     executor: Literal["local", "slurm", "submitit"] = "local"
     workers: int = within("[1, inf)", 1)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     max_hours: float | None = within("(0, inf)", None)
-    launcher: str | None = None
+    launcher: str | None = reads("file", None)
     any_code: bool = False
     redo: bool = False
     imports: list[str] = field(default_factory=list)
@@ -61,8 +61,6 @@ class AblateConfig:
 def main(config: AblateConfig) -> int:
     """Plan, run and report; return the exit status."""
     path = Path(config.ablation)
-    if not path.is_file():
-        raise ValueError(f"--ablation {path}: no such file")
     folder = join_inside(Path("runs"), config.name or path.stem, "--name")
     if (folder / "config.yaml").exists() or (folder / "checkpoints").exists():
         raise ValueError(f"--name {folder.name}: {folder} holds a training; give the ablation another name")
@@ -84,6 +82,8 @@ def report(folder: Path, ablation: AblationConfig) -> int:
 
 
 def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
+    runs = expand_runs(ablation, folder.name)
+    check_inputs_of(runs, scores=config.only != "plan")
     with without_garbage_collection():
         from ablation.plan import format_plan, make_plan, prepare, refuse_changed
         from ablation.runner import Runner, group_into_jobs, run_here, submit, worker_slots
@@ -94,7 +94,6 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     # Plan.
     deadline = None if config.max_hours is None else time.time() + 3600 * config.max_hours
     check_columns(ablation.columns)
-    runs = expand_runs(ablation, folder.name)
     worker_slots(config.workers)  # raises if there are not enough cores, before anything is written
     with Lock(folder / "lock", waits=True):  # as other processes may plan the same study
         start = time.time() - STARTED
@@ -126,5 +125,4 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        raise SystemExit(main(parse(AblateConfig, first="ablation")))
+    run_main(main, AblateConfig, first="ablation")

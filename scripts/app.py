@@ -11,15 +11,15 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse
-from settings import within
+from experiment.cli import run_main
+from settings import reads, within
 
 FONTS = ["system-ui", "sans-serif", "ui-monospace", "monospace"]  # installed on the visitor's machine
 STYLE = """
@@ -47,14 +47,14 @@ class AppConfig:
         autoencoder: replaces the checkpoints' own
     """
 
-    checkpoints: list[str] = field(default_factory=list)
+    checkpoints: list[str] = reads("checkpoint", [])
     runs: Path = Path("runs")
     host: str = "127.0.0.1"
     port: int = within("[0, 65535]", 7860)
     share: bool = False
     queue: int = within("[1, inf)", 32)
     precision: str = "auto"
-    autoencoder: str | None = None
+    autoencoder: str | None = reads("autoencoder", None)
 
 
 def main(config: AppConfig) -> None:
@@ -122,5 +122,4 @@ class RequestFilter:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(AppConfig))
+    run_main(main, AppConfig)

@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.table import terminal
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from settings import within
 
 INCEPTION = 11.4  # GFLOP of Inception v3 for a 299x299 image, a multiply-add counting as two (Szegedy et al. 2016)
@@ -127,5 +127,4 @@ def autoencoder_gflops(image_size: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(BudgetConfig))
+    run_main(main, BudgetConfig)

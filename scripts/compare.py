@@ -14,7 +14,8 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.table import latex, markdown
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
+from settings import reads
 
 FORMS = {"md": markdown, "tex": lambda cells: latex(cells[:1], cells[1:])}
 
@@ -31,7 +32,7 @@ class CompareConfig:
         output: path of the files to write, without a suffix
     """
 
-    scores: list[str] = field(default_factory=list)
+    scores: list[str] = reads("file or folder", [])
     names: list[str] = field(default_factory=list)
     along: Literal["guidance_scale", "model_calls"] | None = None
     output: str = "comparison"
@@ -75,5 +76,4 @@ def main(config: CompareConfig) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(CompareConfig))
+    run_main(main, CompareConfig)

@@ -16,10 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from machine import children
 from machine.atomic_files import unused_path
 from machine.lock import Lock
+from settings import reads
 
 ROOT = Path(__file__).resolve().parent.parent
 STARTED = Path.cwd()
@@ -39,15 +40,13 @@ class DemoConfig:
             own there is renamed
     """
 
-    experiment: Path = CONFIG
+    experiment: Path = reads("file", CONFIG)
     folder: Path = ROOT
 
 
 def main(config: DemoConfig) -> None:
     """Run the programs one after the other, as a user would."""
     start, experiment = time.time(), config.experiment.resolve()
-    if not experiment.is_file():
-        raise ValueError(f"--experiment {experiment}: no such file")
     config.folder.mkdir(parents=True, exist_ok=True)
     os.chdir(config.folder)
     with Lock(RUN / "training.lock"):  # as a training may be running there
@@ -121,5 +120,4 @@ def display_path(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(DemoConfig))
+    run_main(main, DemoConfig)

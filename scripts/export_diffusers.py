@@ -13,9 +13,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from experiment.config import SamplingFlags
-from settings import set_values
+from settings import reads, set_values
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class ExportConfig:
         imports: modules or .py files that the checkpoint was trained with, if they have moved
     """
 
-    checkpoint: str
+    checkpoint: str = field(metadata={"reads": "checkpoint"})
     output: Path
     sampling: SamplingFlags = field(default_factory=SamplingFlags, metadata={"short": True})
     native: bool = False
-    autoencoder: str | None = None
+    autoencoder: str | None = reads("autoencoder", None)
     imports: list[str] = field(default_factory=list)
 
 
@@ -60,5 +60,4 @@ def main(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(ExportConfig))
+    run_main(main, ExportConfig)

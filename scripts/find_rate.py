@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from experiment.config import ExperimentConfig
 from settings import within
 
@@ -178,5 +178,4 @@ def _argmin(losses: Sequence[float]) -> int:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(FindRateConfig), sys.argv[1:])
+    run_main(lambda config: main(config, sys.argv[1:]), FindRateConfig)

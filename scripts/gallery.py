@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from diffusion.options import SamplingOptions
 from evaluation.table import Cell
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from experiment.mappings import flatten
+from settings import reads
 
 IGNORED = ("name", "resume", "log.", "data.cache")  # settings that do not affect results
 CAPTIONS = {"loss": "Training loss.", "validation_loss": "Loss on held-out images, of the averaged weights."}
@@ -48,7 +49,7 @@ class GalleryConfig:
         output: HTML file; by default gallery.html in the folder
     """
 
-    folder: Path = Path("runs")
+    folder: Path = reads("folder", Path("runs"))
     output: Path | None = None
 
 
@@ -183,5 +184,4 @@ def curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(GalleryConfig, first="folder"))
+    run_main(main, GalleryConfig, first="folder")

@@ -23,9 +23,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from machine import children
-from settings import within
+from settings import reads, within
 
 Args = dict[str, Any]
 Step = Callable[[], dict[str, Any]]
@@ -69,7 +69,7 @@ class CheckConfig:
         tiny: use sizes for a CPU
     """
 
-    compare: Path | None = None
+    compare: Path | None = reads("folder", None)
     only: list[str] | None = None
     minutes: float = within("(0, inf)", 10.0)
     tiny: bool = False
@@ -336,5 +336,4 @@ def encoding(num: int, threads: tuple[int, ...]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(CheckConfig))
+    run_main(main, CheckConfig)

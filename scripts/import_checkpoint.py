@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from experiment.config import DataConfig, DiffusionConfig, ExperimentConfig, SamplingConfig
-from settings import within
+from settings import reads, within
 
 if TYPE_CHECKING:
     from models import ModelSpec
@@ -76,11 +76,11 @@ class ImportConfig:
         num_heads: number of attention heads, if the width is none of the published ones
     """
 
-    weights: Path | list[Path]
+    weights: Path | list[Path] = field(metadata={"reads": "weights"})
     output: Path
     source: str | None = None
-    autoencoder: str = "stabilityai/sd-vae-ft-ema"
-    classes: Path | None = None
+    autoencoder: str = reads("autoencoder", "stabilityai/sd-vae-ft-ema")
+    classes: Path | None = reads("file", None)
     data: DataConfig = field(default_factory=DataConfig)
     image_size: int | None = within("[1, 16384]", None)
     num_heads: int | None = within("[1, inf)", None)
@@ -236,5 +236,4 @@ def read_classes(path: Path | None, num_classes: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(ImportConfig, as_list(sys.argv[1:])))
+    run_main(main, ImportConfig, arguments=as_list(sys.argv[1:]))

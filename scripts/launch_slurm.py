@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse, parse_run
+from experiment.cli import parse_run, run_main
 from experiment.config import ExperimentConfig
 from machine import children
 from machine.children import EXIT_CODE, STOPPED
 from machine.cluster import ROOT, open_executor, requeue
-from settings import within
+from settings import reads, within
 
 
 @dataclass
@@ -77,7 +77,7 @@ class LaunchConfig:
         wait: wait until the job has ended
     """
 
-    experiment: Path
+    experiment: Path = reads("file")
     overrides: list[str] = field(default_factory=list)
     gpus: int = within("[1, inf)", 1)
     hours: float = within("(0, inf)", 12.0)
@@ -89,8 +89,6 @@ class LaunchConfig:
     wait: bool = False
 
     def check(self, prefix: str) -> None:
-        if not self.experiment.is_file():
-            raise ValueError(f"{prefix}experiment {self.experiment}: no such file")
         if any(flag.partition("=")[0] == "--resume" for flag in self.overrides):  # would be overridden
             remedy = "--resume is auto here; the run of that name goes on, say which by --name"
             raise ValueError(f"{prefix}overrides: {remedy}")
@@ -111,5 +109,4 @@ def main(config: LaunchConfig) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(LaunchConfig))
+    run_main(main, LaunchConfig)

@@ -19,7 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from settings import within
 
 TORCHVISION = {"caltech101": "Caltech101", "cifar10": "CIFAR10", "mnist": "MNIST"}
@@ -161,5 +161,4 @@ def hub_items(config: PrepareConfig) -> Iterator[Item]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(PrepareConfig, first="dataset"))
+    run_main(main, PrepareConfig, first="dataset")

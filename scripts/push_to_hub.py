@@ -10,12 +10,12 @@ Then `sample.py --checkpoint hf://me/xswin-caltech101` works anywhere. Only hugg
 import re
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class PushConfig:
         half: round the weights to float16, which halves the size; sampling converts them to float32
     """
 
-    checkpoint: str
+    checkpoint: str = field(metadata={"reads": "checkpoint"})
     repo: str
     license: str = "other"
     private: bool = False
@@ -84,5 +84,4 @@ def main(config: PushConfig) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(PushConfig))
+    run_main(main, PushConfig)

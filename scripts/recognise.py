@@ -13,9 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from experiment.config import DataConfig
-from settings import SEEDS, within
+from settings import SEEDS, reads, within
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RecogniseConfig:
         seed: seed of the classifier
     """
 
-    samples: Path | None = None
+    samples: Path | None = reads("file", None)
     data: DataConfig = field(default_factory=DataConfig)
     classifier: Path | None = None
     perceptual: Path | None = None
@@ -121,5 +121,4 @@ def read_samples(path: Path, classes: list[str]) -> tuple[Any, Any]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(RecogniseConfig))
+    run_main(main, RecogniseConfig)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse
-from settings import within
+from experiment.cli import run_main
+from settings import reads, within
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ReconstructConfig:
         output: file to write; by default runs/NAME/ema-SIGMA.safetensors, with --step ema-SIGMA-STEP.safetensors
     """
 
-    run: Path
+    run: Path = reads("folder")
     sigma_rel: float = within("(0, inf)")
     step: int | None = within("[0, inf)", None)
     output: Path | None = None
@@ -84,5 +84,4 @@ def main(config: ReconstructConfig) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(ReconstructConfig))
+    run_main(main, ReconstructConfig)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.reproduction import Table, arguments, compare, read_index
 from evaluation.table import terminal
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from machine import children
 from machine.atomic_files import write_atomic
 from machine.lock import Lock
@@ -150,5 +150,4 @@ def key_of(words: list[str], files: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        raise SystemExit(main(parse(ReproduceConfig, first="table")))
+    run_main(main, ReproduceConfig, first="table")

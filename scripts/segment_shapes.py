@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from experiment.cli import one_line_errors, parse
+from experiment.cli import run_main
 from settings import within
 
 SWIN = {"dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2, "num_global_blocks": 2}
@@ -143,5 +143,4 @@ def scores(predicted: Any, masks: Any, num_classes: int) -> tuple[float, float]:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse(SegmentConfig))
+    run_main(main, SegmentConfig)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from autoencoder_training.autoencoder_config import AutoencodingConfig
-from experiment.cli import one_line_errors, parse_run
+from experiment.cli import parse_run, run_main
 from machine.stopping import exit_on_signal
 
 if TYPE_CHECKING:
@@ -129,5 +129,4 @@ def export(run: Run[AutoencodingConfig], autoencoder: Any, images: Any, held_out
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(parse_run(AutoencodingConfig))
+    run_main(main, AutoencodingConfig, read=parse_run)

@@ -14,9 +14,18 @@ T = TypeVar("T")
 def within(interval: str, default: Any = MISSING) -> Any:
     """Declare a dataclass field whose number, or each of whose numbers, lies in an interval. A parenthesis excludes the
     end and a bracket includes it: `(0, 1]` is without 0 and with 1."""
+    return _declare(default, interval=interval)
+
+
+def reads(kind: str, default: Any = MISSING) -> Any:
+    """Declare a dataclass field that names a file or folder to read, or several, of a kind in `experiment.inputs`."""
+    return _declare(default, reads=kind)
+
+
+def _declare(default: Any, **metadata: str) -> Any:
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"interval": interval})
-    return field(default=default, metadata={"interval": interval})
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_settings(config: Any, prefix: str = "--") -> None:

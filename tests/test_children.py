@@ -15,6 +15,7 @@ import pytest
 import yaml
 from processes import PIXELS, ROOT, TINY, environment_of, run, script, started
 
+from experiment.inputs import check_inputs
 from machine import children
 from machine.lock import Lock
 
@@ -181,9 +182,11 @@ def test_a_demo_that_cannot_begin_deletes_nothing(tmp_path, monkeypatch, mistake
     weights.touch()
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     demo = script("scripts/demo.py")
-    path, words = ("tniy.yaml", "no such file") if mistake == "a typo" else ("tiny.yaml", "in use by process")
+    path, words, begin = "tiny.yaml", "in use by process", demo.main
+    if mistake == "a typo":
+        path, words, begin = "tniy.yaml", "no such file", check_inputs  # before `main`
     with Lock(tmp_path / "runs/quickstart/training.lock"), pytest.raises(ValueError, match=words):
-        demo.main(demo.DemoConfig(tmp_path / path, tmp_path))
+        begin(demo.DemoConfig(tmp_path / path, tmp_path))
     assert weights.is_file()
 
 

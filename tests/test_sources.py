@@ -30,6 +30,7 @@ from experiment import imports
 from experiment.build import merge_data_flags
 from experiment.cli import parse
 from experiment.config import DataConfig, DataFlags, EvaluationConfig, LogConfig, SamplingConfig
+from experiment.inputs import check_inputs
 from metrics.features import Extractor, Features
 from metrics.fidelity import compute_scores
 from metrics.programs import save_program
@@ -133,7 +134,9 @@ def drawn(tmp_path_factory):
 
 def evaluate(*arguments):
     program = script("evaluate.py")
-    program.main(parse(program.EvaluateConfig, ["--precision", "fp32", *map(str, arguments)]))
+    config = parse(program.EvaluateConfig, ["--precision", "fp32", *map(str, arguments)])
+    check_inputs(config)
+    program.main(config)
 
 
 @pytest.mark.parametrize("kind", ["drawn", "drawn.zip", "drawn.npz"])
