@@ -94,7 +94,7 @@ def train(run: Run[ExperimentConfig]) -> None:
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
         phase = phase_at(objective.phases, step, num_steps)
         lr = learning_rate(config.optim, phase.step, phase.num_steps, num_images / config.train.batch_size)
-        optimizers.set_learning_rate(lr)
+        optimizers.scale_learning_rates(lr / config.optim.lr)
         for batch in run.meter.timed(batches.micro_batches(step, order=run.rollbacks)):
             with accelerator.accumulate(model), accelerator.autocast():
                 terms = objective(model, batch, phase)

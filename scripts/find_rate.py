@@ -90,7 +90,7 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     phase, losses = phase_at(objective.phases, 0, len(rates)), []
     for step, lr in enumerate(tqdm(rates, desc=run.folder.name, unit="step", disable=not run.is_main)):
         torch.manual_seed(seed_for(config.train.seed, "layers", step, accelerator.process_index))
-        optimizers.set_learning_rate(lr)
+        optimizers.scale_learning_rates(lr / config.optim.lr)
         step_losses = []
         for batch in batches.micro_batches(step):
             with accelerator.accumulate(model), accelerator.autocast():

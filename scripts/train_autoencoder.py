@@ -67,8 +67,8 @@ def train(run: Run[AutoencodingConfig]) -> None:
         if order != run.rollbacks:
             order = run.rollbacks
             stream = run.meter.timed(batches(step, order))
-        factor = learning_rate(config.optim, step, num_steps) / config.optim.lr
-        all_optimizers.scale_learning_rates(factor)
+        lr = learning_rate(config.optim, step, num_steps)
+        all_optimizers.scale_learning_rates(lr / config.optim.lr)
         images = (next(stream).to(accelerator.device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
         # Update the autoencoder.
@@ -100,7 +100,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
             run.skip(guard, batches.indices(step, order))
         if is_due(step + 1, config.log.every) or step + 1 in (parts.start, num_steps):
             skipped = {f"skipped_{name}": guard.skipped for name, guard in run.guards.items() if guard.skipped}
-            run.log_means(**skipped, lr=factor * config.optim.lr, log_scale=model.log_scale.item())
+            run.log_means(**skipped, lr=lr, log_scale=model.log_scale.item())
 
     # Everything is saved by now; measure the averaged weights and export them.
     accelerator.print(f"checkpoint:  {run.folder}/checkpoints/{run.step:08d}")

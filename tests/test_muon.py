@@ -70,10 +70,10 @@ def test_muon_treats_a_convolution_as_a_matrix_with_a_row_per_output_channel():
 def test_other_parameters_take_adamw_steps_with_their_own_rate():
     draw = torch.Generator().manual_seed(0)
     matrix, ours, theirs = nn.Parameter(torch.ones(4, 6)), *(nn.Parameter(torch.ones(5)) for _ in range(2))
-    optimizer = Muon([matrix], [ours], lr=0.1, lr_scale=5.0, weight_decay=0.1)
+    optimizer = Muon([matrix], [ours], lr=0.1, muon_lr=0.5, weight_decay=0.1)
     adamw = torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.1)
-    Optimizers(optimizer=optimizer).set_learning_rate(0.02)
-    assert [group["lr"] for group in optimizer.param_groups] == [pytest.approx(0.1), 0.02]
+    Optimizers(optimizer=optimizer).scale_learning_rates(0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.1, 0.02])
     for _ in range(3):
         matrix.grad, ours.grad = torch.ones(4, 6), torch.randn(5, generator=draw)
         theirs.grad = ours.grad.clone()

@@ -20,9 +20,9 @@ STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of the quintic iteration, 
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for `matrices` and AdamW for the `rest`, parameters or groups of them. Muon's learning rate is `lr_scale` in
-    units of `lr`, and its steps are scaled to the root mean square of AdamW's (Liu et al. 2025, "Muon is Scalable for
-    LLM Training", eq. 4). Weight decay applies to both."""
+    """Muon for `matrices` and AdamW for the `rest`, parameters or groups of them. Muon's steps are scaled to the root
+    mean square of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), and `muon_lr` is `lr` by
+    default. Weight decay applies to both."""
 
     def __init__(
         self,
@@ -30,13 +30,13 @@ class Muon(torch.optim.AdamW):
         rest: Sequence[nn.Parameter] | Sequence[dict[str, Any]] = (),
         *,
         lr: float,
-        lr_scale: float = 1.0,
+        muon_lr: float | None = None,
         momentum: float = 0.95,
         **of_adamw: Any,
     ) -> None:
         if not matrices or any(matrix.ndim < 2 for matrix in matrices):
             raise ValueError("--optim.muon_lr: Muon takes matrices, and this model has none for it; leave it out")
-        groups: list[Any] = [{"params": matrices, "momentum": momentum, "lr_scale": lr_scale}]
+        groups: list[Any] = [{"params": matrices, "momentum": momentum, "lr": lr if muon_lr is None else muon_lr}]
         groups += rest if all(isinstance(group, dict) for group in rest) else [{"params": rest}]
         super().__init__(groups, lr=lr, fused=True, **of_adamw)
 

@@ -24,7 +24,7 @@ def build_optimizer(model: Backbone, config: OptimConfig) -> torch.optim.Optimiz
     if config.muon_lr is None:
         optimizer = torch.optim.AdamW(groups, fused=True, **options)
     else:
-        optimizer = Muon(matrices, groups, lr_scale=config.muon_lr / config.lr, **options)
+        optimizer = Muon(matrices, groups, muon_lr=config.muon_lr, **options)
     numbers = {parameter: number for number, parameter in enumerate([*matrices, *rest])}
     for group in optimizer.param_groups:  # checkpoints number parameters as if there were no groups
         group["numbers"] = [numbers[parameter] for parameter in group["params"]]
@@ -34,16 +34,10 @@ def build_optimizer(model: Backbone, config: OptimConfig) -> torch.optim.Optimiz
 class Optimizers(dict[str, torch.optim.Optimizer]):
     """Several optimizers that step together, by their names in checkpoints."""
 
-    def set_learning_rate(self, lr: float) -> None:
-        """Set the learning rate of all groups, multiplied by their `lr_scale`."""
-        for group in [group for optimizer in self.values() for group in optimizer.param_groups]:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-
     def scale_learning_rates(self, factor: float) -> None:
-        """Set the learning rate of each optimizer to a multiple of the one that it was created with."""
-        for optimizer in self.values():
-            for group in optimizer.param_groups:
-                group["lr"] = factor * optimizer.defaults["lr"]
+        """Set the learning rate of each group to a multiple of the one that it was created with."""
+        for group in [group for optimizer in self.values() for group in optimizer.param_groups]:
+            group["lr"] = factor * group.setdefault("initial_lr", group["lr"])
 
     def step(self) -> None:
         for optimizer in self.values():
