@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from data.prefetch import Prefetcher
 from data.shards import write_atomically, write_shard
 
 IMAGES_PER_SHARD = 2048
+ALONE = SimpleNamespace(process_index=0, num_processes=1, wait_for_everyone=lambda: None)
 
 
 def build_cache(
@@ -31,21 +33,19 @@ def build_cache(
     device: torch.device | str = "cpu",
     batch_size: int = 128,
     num_threads: int = 1,
-    rank: int = 0,
-    num_ranks: int = 1,
-    wait: Callable[[], object] = lambda: None,
+    accelerator: Any = ALONE,
 ) -> None:
-    """Encode a data set into `folder`. Existing shards are kept; missing ones are distributed over the processes, and
-    rank 0 writes the manifest, with the entries of `provenance`, when `wait` says that all are done.
+    """Encode a data set into `folder`. Existing shards are kept; missing ones are distributed over an
+    Accelerator's processes, and the first writes the manifest, with the entries of `provenance`, when all are done.
 
     The composition of batches does not depend on the number of threads and processes, so the result does not either. Of
     at most `batch_size` images, mirrored ones count.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    starts = range(0, len(dataset), IMAGES_PER_SHARD)
+    starts, rank = range(0, len(dataset), IMAGES_PER_SHARD), accelerator.process_index
     names = [f"shard-{number:05d}.safetensors" for number in range(len(starts))]
     shards = [range(len(dataset))[start : start + IMAGES_PER_SHARD] for start in starts]
-    assigned = list(zip(shards, names, strict=True))[rank::num_ranks]
+    assigned = list(zip(shards, names, strict=True))[rank :: accelerator.num_processes]
     missing = [(shard, folder / name) for shard, name in assigned if not (folder / name).exists()]
     num_images = max(1, batch_size // (1 + flips))  # per batch
     batches = [shard[start : start + num_images] for shard, _ in missing for start in range(0, len(shard), num_images)]
@@ -72,7 +72,7 @@ def build_cache(
             part = slice(shard.start, shard.stop)
             labels, source_indices = dataset.labels[part].clone(), dataset.source_indices[part].clone()
             write_shard(path, {"stored": stored.contiguous(), "labels": labels, "source_indices": source_indices})
-    wait()
+    accelerator.wait_for_everyone()
     if rank == 0:
         write_manifest(folder, {**provenance, **dataset.describe(), "flips": flips, "shards": names})
 

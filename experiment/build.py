@@ -96,9 +96,7 @@ def open_cache(
             flips=flips,
             device=device,
             num_threads=min(max(1, len(allowed_cores()) // num_sharing), 16),  # each holds a batch in memory
-            rank=accelerator.process_index,
-            num_ranks=accelerator.num_processes,
-            wait=accelerator.wait_for_everyone,
+            accelerator=accelerator,
         )
         accelerator.wait_for_everyone()
     fits = from_main(accelerator, lambda: num_bytes(folder) < free_memory(device, num_sharing) / 4)

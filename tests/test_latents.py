@@ -7,6 +7,7 @@ import sys
 import threading
 from functools import partial
 from textwrap import dedent
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -38,6 +39,10 @@ def build(folder, dataset, **arguments):
     build_cache(folder, dataset, prepare, IDENTITY, **{"flips": True, "batch_size": 3, **arguments})
 
 
+def of_two(rank, wait=lambda: None):
+    return SimpleNamespace(process_index=rank, num_processes=2, wait_for_everyone=wait)
+
+
 def expected(dataset, **changes):
     return {**IDENTITY, **dataset.describe(), "flips": True, **changes}
 
@@ -67,16 +72,16 @@ def test_missing_shards_alone_are_encoded_again(tmp_path, dataset):
 
 def test_ranks_share_the_shards(tmp_path, dataset):
     build(tmp_path / "one", dataset)
-    second = partial(build, tmp_path / "two", dataset, rank=1, num_ranks=2)
-    build(tmp_path / "two", dataset, num_ranks=2, wait=second)
+    second = partial(build, tmp_path / "two", dataset, accelerator=of_two(1))
+    build(tmp_path / "two", dataset, accelerator=of_two(0, wait=second))
     one, two = (LatentCache(tmp_path / name, expected(dataset)) for name in ("one", "two"))
     assert torch.equal(one.stored, two.stored)
 
 
 def test_processes_without_a_shared_disk_are_refused(tmp_path, dataset):
-    elsewhere = partial(build, tmp_path / "elsewhere", dataset, rank=1, num_ranks=2)
+    elsewhere = partial(build, tmp_path / "elsewhere", dataset, accelerator=of_two(1))
     with pytest.raises(DataError, match=r"shard-00001.safetensors, which another process wrote, is not here"):
-        build(tmp_path, dataset, num_ranks=2, wait=elsewhere)
+        build(tmp_path, dataset, accelerator=of_two(0, wait=elsewhere))
     assert not list(tmp_path.rglob("manifest.json"))
 
 
