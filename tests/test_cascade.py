@@ -257,7 +257,7 @@ def test_super_resolution_is_told_how_much_noise_the_coarse_image_holds():
 
     model = SimpleNamespace(upsampler=partial(nn.functional.interpolate, scale_factor=2.0), refiner=refiner)
     for scale in (1.0, 2.0):
-        run_sampler = SamplerRun(SamplingOptions(num_steps=5, guidance_scale=scale), 3, {}, None, None, None, None)
+        run_sampler = SamplerRun(SamplingOptions(num_steps=5, guidance_scale=scale), 3, None, None, None)
         up, drawn = stage.generate(run_sampler, model, low[:2], labels(2), torch.zeros_like)
         torch.testing.assert_close(drawn, up, atol=1e-4, rtol=1e-4)
         assert told[-1] == ([9, 9], 2) if scale == 1 else ([9] * 4, 4)

@@ -309,13 +309,13 @@ def test_extras_reach_both_halves_of_a_guided_batch(diffusion, worse, monkeypatc
             return x * size[:, None, None]
 
     def told(chain, x_t):
+        size = torch.tensor([[1.0], [2.0], [3.0]])
         for t, at in chain.steps:
-            x_0 = chain.denoise(x_t, t, at, until="the end").x_0
+            x_0 = chain.denoise(x_t, t, at, until="the end", size=size).x_0
             yield x_0, x_0
 
     monkeypatch.setitem(SAMPLERS, "told", told)
     settings = {"sampler": "told", "num_steps": 1, "guidance_scale": 2.0, "guide_model": Told() if worse else None}
-    size = torch.tensor([[1.0], [2.0], [3.0]])
-    sample(diffusion, Told(), randn(3, 1, 2, 2), labels(3), extras={"size": size}, **settings)
+    sample(diffusion, Told(), randn(3, 1, 2, 2), labels(3), **settings)
     rows = [1.0, 2.0, 3.0]
     assert seen == ([(rows, "the end")] * 2 if worse else [(rows * 2, "the end")])

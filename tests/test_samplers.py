@@ -286,7 +286,6 @@ def test_sampling_keeps_no_gradient_but_its_result_can_be_trained_on():
         ({"sampler": "heun", "sampler_args": {"churn": -1}}, "--sampling.sampler_args.churn -1: must lie in"),
         ({"clip": 0.0}, r"--sampling.clip 0\.0: must lie in"),
         ({"guidance_scale": 2.0}, "--sampling.guidance_scale 2.0: the model is unconditional"),
-        ({"num_steps": 4, "step_noise": torch.zeros(3, 2, 1, 2, 2)}, "a slice a step"),
         ({"generator": [generator()]}, "1 generators for 2 samples"),
     ],
 )

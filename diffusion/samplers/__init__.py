@@ -7,11 +7,10 @@ from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from diffusion.calls import eval_mode
-from diffusion.diffusion import EMPTY, Denoiser, Diffusion, Prediction
+from diffusion.diffusion import Denoiser, Diffusion, Prediction
 from diffusion.guidance import check_guidance_input, guidance_rule, guide, scale_at
 from diffusion.options import SamplingOptions
 from diffusion.samplers.chain import Chain, Moments
@@ -35,8 +34,8 @@ Callback = Callable[[int, Tensor, Tensor], None]
 OnStage = Callable[[str, Tensor], None]
 """Called with (name of a stage, its output)."""
 
-Generators = torch.Generator | Sequence[torch.Generator]
-"""One generator for the batch, or one for each sample."""
+Generators = torch.Generator | Sequence[torch.Generator] | Callable[[Tensor], Tensor]
+"""One generator for the batch, one for each sample, or a function that returns noise like a tensor."""
 
 
 def samplers_for(diffusion: Diffusion) -> Mapping[str, Sampler]:
@@ -100,9 +99,7 @@ def sample(
     *,
     guide_model: Denoiser | None = None,
     num_classes: int | None = None,
-    extras: Mapping[str, Any] = EMPTY,
     start: int | float | None = None,
-    step_noise: Float[Tensor, "num_steps b c h w"] | None = None,
     generator: Generators | None = None,
     callback: Callback | None = None,
     on_stage: OnStage | None = None,
@@ -117,19 +114,15 @@ def sample(
         options: sampler, steps and guidance; `settings` replace some by name, such as `sampler="ddim", num_steps=50`.
         guide_model: the worse model of autoguidance, in place of the model without a label.
         num_classes: the null label for guidance; by default the model's attribute of that name.
-        extras: keyword arguments for the model; tensors have a row for each sample.
         start: a time at which the chain starts; `noise` is then `x_t` at that time.
-        step_noise: noise of stochastic steps, a slice for each in order; by default drawn from `generator`.
+        generator: what draws the noise of stochastic steps; see `Generators`.
         callback: called after each step with (step, `x_t`, predicted `x_0`).
         on_stage: called after each stage of a diffusion that has several, with (its name, its output).
     """
     options = replace(options or SamplingOptions(), **settings)
     check_options(options, diffusion, has_guide=guide_model is not None)
-    expected = [num_steps_for(options, diffusion), *noise.shape]
-    if step_noise is not None and list(step_noise.shape) != expected:
-        raise ValueError(f"step_noise {list(step_noise.shape)} must be {expected}: a slice a step")
     null_label = getattr(model, "num_classes", 0) if num_classes is None else num_classes
-    run_sampler = SamplerRun(options, null_label, extras, start, step_noise, generator, callback)
+    run_sampler = SamplerRun(options, null_label, start, generator, callback)
     with eval_mode(model, guide_model):
         if not isinstance(diffusion, Staged):
             return run_sampler(diffusion, model, noise, y, guide_model=guide_model)
@@ -150,18 +143,17 @@ class SamplerRun:
 
     options: SamplingOptions
     num_classes: int
-    extras: Mapping[str, Any]
     start: int | float | None
-    step_noise: Tensor | None
     generator: Generators | None
     callback: Callback | None
 
     def __call__(
         self, diffusion: Diffusion, model: Denoiser, noise: Images, y: Labels, *, guide_model: Denoiser | None
     ) -> Images:
-        options, told, preconditioned = self.options, self.extras, diffusion.precondition(model)
+        options, preconditioned = self.options, diffusion.precondition(model)
+        told: dict[str, Tensor] = {}
         if diffusion.takes_guidance(options.sampler or diffusion.default_sampler):  # by the model itself, at one call
-            told = {**told, "g": torch.full((len(noise),), options.guidance_scale, device=noise.device)}
+            told["g"] = torch.full((len(noise),), options.guidance_scale, device=noise.device)
             options = replace(options, guidance_scale=1.0)
         guidance: dict[str, Any] = {
             "latent_channels": noise.shape[1],
@@ -183,17 +175,14 @@ class SamplerRun:
             prediction = diffusion.predict(output, x_t, times, at)
             return prediction if options.clip is None else prediction.clipped(options.clip, x_t, at)
 
-        slices = None if self.step_noise is None else iter(self.step_noise)
-
-        def draw_noise() -> Tensor:
-            return randn_like(noise, self.generator) if slices is None else next(slices)
-
         num_steps = num_steps_for(options, diffusion)
         steps, x_t = diffusion.reverse_steps(num_steps, options.spacing), diffusion.path.prior_std * noise
         if self.start is not None:
             steps, x_t = [step for step in steps if step[0] <= self.start], noise
         sampler = samplers_for(diffusion)[options.sampler or diffusion.default_sampler]
-        moments = sampler(Chain(diffusion, steps, denoise, draw_noise), x_t, **options.sampler_args)
+        moments = sampler(
+            Chain(diffusion, steps, denoise, lambda: randn_like(noise, self.generator)), x_t, **options.sampler_args
+        )
         for step, (x_t, x_0) in enumerate(moments):
             if self.callback is not None:
                 self.callback(step, x_t, x_0)
@@ -202,6 +191,8 @@ class SamplerRun:
 
 def randn_like(like: Tensor, generator: Generators | None = None) -> Tensor:
     """Return unit normal noise on `like`'s device, drawn on the generator's; several generators draw a sample each."""
+    if callable(generator):
+        return generator(like)
     if isinstance(generator, Sequence):
         if len(generator) != len(like):
             raise ValueError(f"{len(generator)} generators for {len(like)} samples: pass one, or one for each")
