@@ -1,8 +1,8 @@
 """Presets: functions that build a `Diffusion` of a named kind from its settings.
 
 The parameters of a preset are the settings of its kind on the command line. Annotations hold their types and, as text,
-the interval that numbers must lie in; the docstring is their help text. A preset imports torch only when it is called,
-so that `--help` is fast.
+the interval that numbers must lie in; the docstring is their help text. A setting that a docstring leaves out is
+described by the first preset that has it. A preset imports torch only when it is called, so that `--help` is fast.
 """
 
 import math
@@ -106,17 +106,9 @@ def flow(
 
     Args:
         path: 'linear' or 'trigonometric'
-        times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
-        times_args: of 'logit_normal': location, 0 (above: noisier; a flow's shift of s, in training alone, is log s),
-            and scale, 1; of 'mode': scale, 1.29 (above 0: more of the middle, below: of both ends)
         shift: of training and sampling times towards the noise, for larger images; 1 shifts nothing
         model_times: the backbone's time inputs at the data and at the noise, such as [1, 0]
         prediction: what the backbone predicts: 'velocity', 'epsilon', 'x_0' or 'v'
-        loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
-        guidance_scale: scale of guidance that the backbone learns, so that sampling needs no second call (model-
-            guidance, Tang et al. 2025); a step costs two calls more, without gradients; 1: none
-        guidance_max: learn guidance of every scale from 1 to this, in place of a fixed one. The backbone is told the
-            scale, which --sampling.guidance_scale chooses, at one call a step (Meng et al. 2023); null: none
         contrast: weight of the distance to the velocity of another sample of the batch, subtracted from the training
             loss (contrastive flow matching, Stoica et al. 2025: 0.05); with prediction 'velocity'
     """
@@ -162,11 +154,6 @@ def edm(
         sigma_max: noise that a sampler starts from
         uncertainty: have the model learn how large its error is, and weight the loss by it
         prediction: what the backbone predicts: 'F', 'epsilon', 'x_0' or 'v'
-        loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
-        guidance_scale: scale of guidance that the backbone learns, so that sampling needs no second call (model-
-            guidance, Tang et al. 2025); a step costs two calls more, without gradients; 1: none
-        guidance_max: learn guidance of every scale from 1 to this, in place of a fixed one. The backbone is told the
-            scale, which --sampling.guidance_scale chooses, at one call a step (Meng et al. 2023); null: none
     """
     import torch
 
@@ -214,15 +201,12 @@ def meanflow(
         adaptive_power: p of the loss weight 1 / (mse + 0.001)^p; 0: none
         omega: guidance in training, with a scale of omega / (1 - kappa); omega 1 and kappa 0: none
         kappa: weight of the backbone's own prediction in this guidance
-        guidance_max: learn guidance of every scale from 1 to this, in place of a fixed one. The backbone is told the
-            scale, which --sampling.guidance_scale chooses, at one call a step (Meng et al. 2023); null: none
         tangent: the velocity along which the average is differentiated: 'sample', that of the sample, or 'model', the
             backbone's prediction, which has less variance (improved MeanFlow, Geng et al. 2025b)
         difference: take this derivative as the difference quotient of two calls so far before and after t, which
             averages the ripples of time embeddings out and keeps a compiled backbone compiled; null: the exact one
         prediction: what the backbone predicts: 'velocity', or 'x_0', the data that a step by this velocity to t = 0
             leads to (Lu et al. 2026); to fine-tune a flow's weights, the flow's
-        times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
         times_args: of 'logit_normal': location, here -0.4 as published, and scale, 1; of 'mode': scale, 1.29
         model_times: the backbone's time inputs at the data and at the noise; to fine-tune a flow's weights, the flow's
     """
@@ -260,16 +244,11 @@ def shortcut(
     """each step consistent with two of half its length, for sampling in 1, 2, 4, ... calls: Frans et al. 2024
 
     Args:
-        interval_share: share of the batch that learns average velocities; the rest learns the velocity
-        adaptive_power: p of the loss weight 1 / (mse + 0.001)^p; 0: none
         sections: number of Euler steps that the path is divided into, a power of two; longer steps are learned from
             shorter ones
         guidance_scale: scale of the guidance that longer steps learn in training; 1: none
-        guidance_max: learn guidance of every scale from 1 to this, in place of a fixed one. The backbone is told the
-            scale, which --sampling.guidance_scale chooses, at one call a step (Meng et al. 2023); null: none
         prediction: what the backbone predicts: 'velocity', or 'x_0', the data that a step by this velocity to t = 0
             leads to (Lu et al. 2026); to fine-tune a flow's weights, the flow's
-        times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
         times_args: of 'logit_normal': location, 0, and scale, 1; of 'mode': scale, 1.29
         model_times: the backbone's time inputs at the data and at the noise; to fine-tune a flow's weights, the flow's
     """

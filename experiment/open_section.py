@@ -54,12 +54,13 @@ def _help(table: Mapping[str, Callable[..., Any]], by_name: Mapping[str, Mapping
 
     docstrings = {kind: docstring_parser.parse(preset.__doc__ or "") for kind, preset in table.items()}
     kinds = [f"'{kind}' ({join_lines(docstring.short_description)})" for kind, docstring in docstrings.items()]
+    described = {kind: {entry.arg_name: entry.description for entry in docstrings[kind].params} for kind in table}
     lines = [f"    kind: {', '.join(kinds)}"]
     for name, parameters in by_name.items():
         kinds_by_text: dict[str, list[str]] = {}
+        first = next((described[kind][name] for kind in parameters if name in described[kind]), None)
         for kind, parameter in parameters.items():
-            descriptions = {entry.arg_name: entry.description for entry in docstrings[kind].params}
-            text = join_lines(descriptions.get(name))
+            text = join_lines(described[kind].get(name, first))
             kinds_by_text.setdefault(text, []).append(f"{kind} ({_as_yaml(parameter.default)})")
         parts = [f"of {' and '.join(kinds)}: {text}" for text, kinds in kinds_by_text.items()]
         lines.append(f"    {name}: {'; '.join(parts)}")
