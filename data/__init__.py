@@ -32,13 +32,16 @@ def open_dataset(path: str, **settings: Any) -> ImageSet:
 
 
 def summarize_splits(train, held_out) -> str:
-    """Summarise the data in one line: images, split, classes, and how many images are left out or enlarged."""
+    """Summarise the data in one line: images, split, classes, and how many images are left out, are enlarged or have
+    other colours."""
     counts = f"{len(train)} training and {len(held_out)} held-out images"
     classes = f"{len(train.classes)} classes ({join_abridged(train.classes)})" if train.classes else "no classes"
     about = train.describe()
     parts = [f"{about['source']} ({train.note}): {counts} of {classes}", *summarize_left_out(train, held_out)]
     if num_enlarged := train.num_enlarged():
         parts.append(f"{num_enlarged} of the training images are smaller than {about['image_size'][0]} and enlarged")
+    if num_other := train.num_other_colors():
+        parts.append(f"{num_other} of the training images have a colour profile beside sRGB, which is not applied")
     return "; ".join(parts)
 
 

@@ -51,3 +51,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def num_enlarged(self) -> int:
         """Number of images that are enlarged to `image_size`."""
         return 0
+
+    def num_other_colors(self) -> int:
+        """Number of images with a colour profile that is not applied, though it is not that of sRGB."""
+        return 0

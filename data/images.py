@@ -6,10 +6,11 @@ import math
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from data.files import NAMES, Folder, Tars, Zip, content_hash, remember
 from data.image_set import ImageSet
 from data.layout import DataError, Layout, infer_layout, join_abridged
 from data.parquet import Parquets, Place, UnreachableError, open_hub
-from data.pixels import SUFFIXES, fit, open_image, to_rgb
+from data.pixels import SUFFIXES, fit, has_converted_transparency, has_other_colors, open_image, to_rgb
 from data.tars import infer_tar_layout
 from machine.hugging_face import SCHEME
 from settings import check_name
@@ -190,16 +191,48 @@ class ImageDataset(ImageSet):
     def read(self, index: int) -> UInt8[Tensor, "3 h w"]:
         return self._decode_pixels(self.names[index])
 
-    def num_enlarged(self) -> int:
-        """Count images smaller than `image_size`, by their headers; 0 on the hub, as that would fetch them all."""
-        if isinstance(self.source, Parquets) and self.source.is_remote:
-            return 0
+    def describe(self) -> dict[str, Any]:
+        """Describe the images; those of earlier caches with other pixels (`has_converted_transparency`) as others."""
+        return {**super().describe(), **({"transparency": "of any bits"} if self._has_converted_transparency else {})}
+
+    @cached_property
+    def _has_converted_transparency(self) -> bool:
+        pngs = [] if isinstance(self.source, Parquets) else [n for n in self.names if n.lower().endswith(".png")]
+
+        def is_converted(name: str) -> bool:
+            with suppress(Exception):  # a damaged file is reported where it is decoded
+                return has_converted_transparency(self.source.read(name))
+            return False
 
         def compute() -> tuple[str, bool]:
-            return f"{sum(min(size) < max(self.image_size or (0,)) for _, size in self.sizes())} enlarged", True
+            return ("converted" if any(map(is_converted, pngs)) else "none"), True
+
+        key = hashlib.sha256(f"transparency {json.dumps(super().describe())}".encode()).hexdigest()
+        return bool(pngs) and remember(key, compute, pattern="converted|none") == "converted"
+
+    def num_enlarged(self) -> int:
+        """Count images smaller than `image_size`, by their headers; 0 on the hub, as that would fetch them all."""
+        return self._counts_by_headers()[0]
+
+    def num_other_colors(self) -> int:
+        """Count images whose colour profile is not that of sRGB, by their headers; 0 on the hub."""
+        return self._counts_by_headers()[1]
+
+    def _counts_by_headers(self) -> tuple[int, int]:
+        if isinstance(self.source, Parquets) and self.source.is_remote:
+            return 0, 0
+
+        def compute() -> tuple[str, bool]:
+            num_enlarged = num_other = 0
+            for name in tqdm(self.names, desc="measuring images", leave=False):
+                size, has_others = self._decode(name, lambda image: (image.size, has_other_colors(image)))
+                num_enlarged += min(size) < max(self.image_size or (0,))
+                num_other += has_others
+            return f"{num_enlarged} enlarged, {num_other} of other colours", True
 
         key = hashlib.sha256(json.dumps(self.describe()).encode()).hexdigest()
-        return int(remember(key, compute, pattern="[0-9]+ enlarged").split()[0])
+        words = remember(key, compute, pattern="[0-9]+ enlarged, [0-9]+ of other colours").split()
+        return int(words[0]), int(words[2])
 
     def sizes(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Yield the name and the original (width, height) of each image, from its header."""

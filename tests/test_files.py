@@ -83,7 +83,7 @@ def test_images_are_measured_once_as_long_as_they_are_the_same(tree, tmp_path, m
     dataset = ImageDataset(tree, image_size=16)
     assert dataset.num_enlarged() == len(dataset) == 4
     with monkeypatch.context() as patch:
-        patch.delattr(ImageDataset, "sizes")
+        patch.delattr(ImageDataset, "_decode")
         assert ImageDataset(tree, image_size=16).num_enlarged() == 4
     assert ImageDataset(tree, image_size=8).num_enlarged() == 0
     Image.new("RGB", (20, 20)).save(tree / "cat" / "0.png")
