@@ -66,3 +66,16 @@ def test_steps_that_are_taken_again_replace_those_before_in_tensorboard(tmp_path
             time.sleep(1.1)  # files of events are read in the order of their names, which count seconds
     board = EventAccumulator(str(tmp_path / "tracking")).Reload()
     assert [(scalar.step, scalar.value) for scalar in board.Scalars("loss")] == [(1, 2), (2, 2), (3, 1), (5, 1)]
+
+
+def test_steps_that_a_rollback_repeats_replace_those_before_in_tensorboard(tmp_path):
+    accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=tmp_path)
+    log = Log(tmp_path, accelerator, {})
+    for step in (1, 2, 3, 4):
+        log.write(step, loss=2.0)
+    log.roll_back(2)
+    for step in (3, 5):
+        log.write(step, loss=1.0)
+    accelerator.end_training()
+    board = EventAccumulator(str(tmp_path / "tracking")).Reload()
+    assert [(scalar.step, scalar.value) for scalar in board.Scalars("loss")] == [(1, 2), (2, 2), (3, 1), (5, 1)]

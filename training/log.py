@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import WandBTracker
@@ -55,6 +56,11 @@ class Log:
     def roll_back(self, step: int) -> None:
         """Remove events after `step`, as these steps will be taken again, except for skipped ones and their images."""
         self._truncate(step, keep_skipped=True)
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard" and self.accelerator.is_main_process:
+                writer: Any = tracker.tracker  # opens another file with its next event, as after a resumption
+                writer.close()
+                writer.purge_step = step + 1
 
     def _truncate(self, step: int, *, keep_skipped: bool = False) -> None:
         """Remove events after `step`, and broken lines with a warning."""
