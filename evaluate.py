@@ -141,6 +141,7 @@ def score_samples(
     from evaluation.likelihood import held_out_likelihood
     from evaluation.sources import from_images
     from machine.atomic_files import keeping
+    from machine.lock import taking_turns
     from metrics.fidelity import class_distances
     from metrics.reference import write_adm
 
@@ -156,7 +157,7 @@ def score_samples(
         scorer.npz_reference(config.reference, *inputs.reference_file) if config.reference else scorer.reference(data)
     )
     output = output_of(config, samples, checkpoint)
-    unfinished = output.with_name(f"{output.name}.unfinished")
+    unfinished = record.unfinished_path(output, repr(config))
 
     def keep(done: list["Row"]) -> None:  # or hours of scoring are lost with the process
         if accelerator.is_main_process:
@@ -180,9 +181,10 @@ def score_samples(
     # Write the record, with everything needed to reproduce it, and pictures. Those of an earlier record are kept.
     output = output_of(config, samples, checkpoint)  # again, as there may be newer weights
     finished = {**record.provenance(rows, reference, scorer), **extra}
-    with keeping([output.with_name(f"{output.stem}{ending}") for ending in BESIDE]):
+    beside = [output.with_name(f"{output.stem}{ending}") for ending in BESIDE]
+    with taking_turns(output.parent), keeping(beside):  # or pictures of one could lie beside the record of another
         record.write_json(finished, output)
-        record.remove_unfinished(finished, unfinished)
+        record.remove_unfinished(finished, output)
         written = [output, *write_pictures(output, rows, columns, inputs, nearest)]
         if config.latex:
             written.append(output.with_suffix(".tex"))

@@ -15,7 +15,7 @@ from ablation.identity import accept_other_code, changed_settings, done_stages, 
 from ablation.study import AblationConfig, Run, classes_to_draw
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import open_checkpoint
-from diffusion.samplers import num_calls
+from diffusion.samplers import num_evaluations
 from evaluation.scoring import open_scorer
 from evaluation.table import terminal
 from experiment.build import build_diffusion, model_spec, open_cache, open_split
@@ -93,10 +93,8 @@ class PlannedRun:
         if self.speed is None:
             return None
         speed, config, log = self.speed, self.run.config, self.run.config.log
-        diffusion, sampling = build_diffusion(config.diffusion), self.sampling
-        calls_twice = sampling.guidance_scale != 1 and not diffusion.takes_guidance(str(sampling.sampler))
-        calls = num_calls(diffusion, sampling) * (2 if calls_twice else 1)
-        per_sample = calls / speed.calls + 1 / speed.decoding
+        num_calls = num_evaluations(build_diffusion(config.diffusion), self.sampling)
+        per_sample = num_calls / speed.calls + 1 / speed.decoding
         num_steps = self.num_steps - self.step
 
         def count(every: int) -> int:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from evaluation.record import REFERENCE
+from evaluation.record import REFERENCE, cost_of_sampling
 from evaluation.scoring import Row
 from metrics.scores import Score
 
@@ -21,6 +21,7 @@ SWEEPABLE = (
     "spacing",
     "num_steps",
     "model_calls",
+    "network_evaluations",
     "guidance_scale",
     "guidance_interval",
     "guidance_rescale",
@@ -100,7 +101,10 @@ def combined_rows(records: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
 def varying_settings(rows: Sequence[Row]) -> list[str]:
     """Names of the settings of sampling, and of the weights' steps, that differ among rows of samples."""
     samples = [row.settings for row in rows if row.settings]
-    return [name for name in (*SWEEPABLE, *STATED) if len({json.dumps(settings.get(name)) for settings in samples}) > 1]
+    names = [
+        name for name in (*SWEEPABLE, *STATED) if len({json.dumps(settings.get(name)) for settings in samples}) > 1
+    ]
+    return [name for name in names if name != "model_calls" or cost_of_sampling(rows) == name]
 
 
 def lines_of(samples: Sequence[Row], columns: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """The results of an evaluation: a JSON record, a table and figures."""
 
+import glob
+import hashlib
 import json
 import math
 import re
@@ -46,6 +48,12 @@ def write_json(record: dict[str, Any], path: Path) -> None:
     write_atomic(path, json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def unfinished_path(path: Path, settings: str) -> Path:
+    """Path of what is scored until the record at `path` is finished; each evaluation of other `settings`, of which
+    several may run at a time, has its own."""
+    return path.with_name(f"{path.name}.unfinished-{hashlib.sha256(settings.encode()).hexdigest()[:8]}")
+
+
 def write_unfinished(record: dict[str, Any], path: Path) -> None:
     """Write the record of what is scored so far, unless the file, of a process that was killed, already has as much.
     Errors of the disk are ignored."""
@@ -55,9 +63,11 @@ def write_unfinished(record: dict[str, Any], path: Path) -> None:
 
 
 def remove_unfinished(record: dict[str, Any], path: Path) -> None:
-    """Remove the file of `write_unfinished`, unless it has what the record lacks, of a process that was killed."""
-    if not _lost(_read_json(path), _strict(record)):
-        path.unlink(missing_ok=True)
+    """Remove the files of `write_unfinished` for the record at `path`, unless they have what the record lacks, of a
+    process that was killed."""
+    for unfinished in path.parent.glob(f"{glob.escape(path.name)}.unfinished*"):
+        if ".before-" not in unfinished.name and not _lost(_read_json(unfinished), _strict(record)):
+            unfinished.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> Any:
@@ -108,8 +118,10 @@ def _scored(record: Any) -> dict[str, set[str]]:
     return found
 
 
-REFERENCE = ("source", "source_hash", "split", "image_size")  # entries that identify a reference
-NO_SETTING = re.compile("num_images|num_different|.* img/s")  # entries of samples that follow from others
+REFERENCE = ("source", "source_hash", "split", "image_size", "transparency")  # entries that identify a reference
+NO_SETTING = re.compile(
+    "num_images|num_different|network_evaluations|.* img/s"
+)  # entries of samples that follow from others
 
 
 def _strict(value: Any) -> Any:
@@ -176,18 +188,27 @@ def format_report(
 
 def notes(rows: Sequence[Row], extractor: Extractor) -> list[str]:
     """Footnotes of a table: the meaning of each ±, and a warning about scores that are biased by few images."""
-    first = rows[0].trials[0]
-    spreads: dict[str, dict[str, None]] = {}  # names of scores by the meaning of their spread, in the table's order
-    for row in rows:
-        for name, score in row.scores.items():
-            if score.spread:
-                spreads.setdefault(score.spread, {})[name] = None
-    lines = [f"± of {', '.join(names)}: {spread}" for spread, names in spreads.items()]
+    first, lines = rows[0].trials[0], spread_notes(rows)
     name, splits = metric_name("is", extractor.kind, extractor.name), first.settings.get("is", {}).get("splits")
     is_known = name in first.scores and first.scores[name].value is not None
     if is_known and splits and (num := first.num_samples // splits) < ENOUGH_FOR_INCEPTION_SCORE:
         lines.append(f"{name}: low by the bias of {splits} splits of {num} images; compare equal counts alone")
     return lines
+
+
+def spread_notes(rows: Sequence[Row]) -> list[str]:
+    """The meaning of each ± in a table; of a score that has several, also the rows of each."""
+    meanings: dict[str, dict[str, list[str]]] = {}  # rows by name of a score and meaning of its spread
+    for row in rows:
+        for name, score in row.scores.items():
+            if score.spread:
+                meanings.setdefault(name, {}).setdefault(score.spread, []).append(row.name)
+    names: dict[str, list[str]] = {}  # of scores, by what is said of them
+    for name, rows_of in meanings.items():
+        for spread, of in rows_of.items():
+            which = f" ({', '.join(dict.fromkeys(of))})" if len(rows_of) > 1 else ""
+            names.setdefault(f"{spread}{which}", []).append(name)
+    return [f"± of {', '.join(of)}: {note}" for note, of in names.items()]
 
 
 def _cell(metric: str, score: Score | None) -> str:
@@ -207,17 +228,19 @@ def draw_pairs(samples: Source, train: Source, memorisation: Memorisation, path:
 def draw_sweep(rows: Sequence[Row], path: Path, columns: Sequence[str] = (), *, along: str | None = None) -> None:
     """Plot the first metric against a setting, `along`, and precision against recall.
 
-    By default this is the guidance scale or, if only the number of steps varies, the number of model calls. Each
-    combination of other varying settings, in `SWEPT` and `columns`, is a line. Error bars show the spread over trials.
+    By default this is the guidance scale or, if only the number of steps varies, the number of network evaluations
+    (`cost_of_sampling`). Each combination of other varying settings, in `SWEPT` and `columns`, is a line, in the order
+    of the setting. Error bars show the spread over trials.
     """
     from matplotlib.figure import Figure
 
     distance = next(iter(rows[0].scores))
     names = dict.fromkeys(["run", *SWEPT, *columns])
     varying = [name for name in names if len({str(row.settings.get(name)) for row in rows}) > 1]
-    along = along or ("guidance_scale" if "guidance_scale" in varying or "num_steps" not in varying else "model_calls")
-    same = {along, "num_steps"} if along == "model_calls" else {along}
-    others = [name for name in varying if name not in same]
+    is_guidance = "guidance_scale" in varying or "num_steps" not in varying
+    along = along or ("guidance_scale" if is_guidance else cost_of_sampling(rows))
+    follow = {along, *CALLS, *(["num_steps"] if along in CALLS else [])}
+    others = [name for name in varying if name not in follow]
     lines: dict[str, list[Row]] = {}
     captions = {**SWEPT, "run": "{}"}
     for row in rows:
@@ -226,6 +249,7 @@ def draw_sweep(rows: Sequence[Row], path: Path, columns: Sequence[str] = (), *, 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, line in lines.items():
+        line.sort(key=lambda row: row.settings[along])
         positions = [row.settings[along] for row in line]
         left.errorbar(positions, *_values(line, distance), marker="o", capsize=3, label=name)
         recall, recall_error = _values(line, "recall")
@@ -233,8 +257,8 @@ def draw_sweep(rows: Sequence[Row], path: Path, columns: Sequence[str] = (), *, 
         right.errorbar(recall, precision, precision_error, recall_error, marker="o", capsize=3, label=name)
         for x, y, position in zip(recall, precision, positions, strict=True):
             right.annotate(f"{position:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    left.set(xlabel=along.replace("_", " "), ylabel=distance)
-    if along == "model_calls":
+    left.set(xlabel=CALLS.get(along, along.replace("_", " ")), ylabel=distance)
+    if along in CALLS:
         left.set_xscale("log", base=2)
         left.xaxis.set_major_formatter("{x:g}")
     right.set(xlabel="recall", ylabel="precision", title=f"numbers: {along.replace('_', ' ')}")
@@ -247,6 +271,17 @@ def draw_sweep(rows: Sequence[Row], path: Path, columns: Sequence[str] = (), *, 
     figure.savefig(path, dpi=150)
 
 
+def cost_of_sampling(rows: Sequence[Row]) -> str:
+    """Return the setting that tells how often the network is evaluated for a sample: the number of evaluations or, if a
+    record of an earlier version lacks it, that of calls."""
+    is_known = all("network_evaluations" in row.settings for row in rows if "model_calls" in row.settings)
+    return "network_evaluations" if is_known else "model_calls"
+
+
+CALLS = {
+    "network_evaluations": "network evaluations",
+    "model_calls": "model calls (a guided one evaluates the network twice)",
+}
 SWEPT = {"sampler": "{}", "spacing": "{}", "num_steps": "{} steps", "guidance_scale": "guidance {}"}
 
 

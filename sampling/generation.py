@@ -14,7 +14,7 @@ from tqdm import tqdm
 from autoencoders.codec import Codec
 from checkpoints.checkpoint import Checkpoint
 from diffusion import Diffusion, sample
-from diffusion.samplers import Callback, num_calls, num_steps_for, randn_like
+from diffusion.samplers import Callback, num_calls, num_evaluations, num_steps_for, randn_like
 from experiment.config import SamplingConfig
 from machine.precision import inference_autocast, precision_of
 from machine.randomness import generator_for
@@ -48,6 +48,7 @@ class Generator:
         sampling = replace(self.sampling, num_steps=self.num_steps)
         values: dict[str, Any] = {"seed": self.seed, "weights": "ema", "autoencoder": self.codec.provenance}
         values |= {"precision": precision_of(self.accelerator), "model_calls": num_calls(self.diffusion, sampling)}
+        values |= {"network_evaluations": num_evaluations(self.diffusion, sampling)}
         return {**values, **asdict(sampling), **files_in_record(sampling)}
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:

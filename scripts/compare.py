@@ -17,7 +17,8 @@ from evaluation.table import latex, markdown
 from experiment.cli import run_main
 from settings import reads
 
-FORMS = {"md": markdown, "tex": lambda cells: latex(cells[:1], cells[1:])}
+# Formats of a table, and of a note below it, by suffix.
+FORMS = {"md": (markdown, "\n{}"), "tex": (lambda cells: latex(cells[:1], cells[1:]), "% {}")}
 
 
 @dataclass(frozen=True)
@@ -27,14 +28,14 @@ class CompareConfig:
     Args:
         scores: JSON files that evaluate.py has written, or runs' folders, whose scores.json is read
         names: what to call them; by default the name of the run or file
-        along: the setting on the figure's horizontal axis, 'guidance_scale' or 'model_calls'; by default the first if
-            it varies, else the second
+        along: the setting on the figure's horizontal axis: 'guidance_scale', 'network_evaluations' of a sample, or
+            'model_calls', of which a guided one may be two evaluations; by default the first that varies
         output: path of the files to write, without a suffix
     """
 
     scores: list[str] = reads("file or folder", [])
     names: list[str] = field(default_factory=list)
-    along: Literal["guidance_scale", "model_calls"] | None = None
+    along: Literal["guidance_scale", "network_evaluations", "model_calls"] | None = None
     output: str = "comparison"
 
     def check(self, prefix: str) -> None:
@@ -47,7 +48,7 @@ class CompareConfig:
 def main(config: CompareConfig) -> None:
     """Read the records, check that their scores compare, then print and write the table and the figure."""
     from evaluation.comparison import check_comparable, combined_rows, lines_of, read_record, varying_settings
-    from evaluation.record import draw_sweep, table
+    from evaluation.record import cost_of_sampling, draw_sweep, spread_notes, table
     from machine.atomic_files import keeping, write_atomic
 
     records = [read_record(Path(path)) for path in config.scores]
@@ -57,15 +58,19 @@ def main(config: CompareConfig) -> None:
         raise ValueError(f"--scores: several are of {max(names, key=names.count)}; tell them apart by --names '[A, B]'")
     rows = combined_rows(records, names)
     columns = varying_settings(rows)
-    print(table(rows, columns))
+    notes = spread_notes(rows)
+    print("\n".join([table(rows, columns), *notes]))
     samples = [row for row in rows if row.settings]
     drawn = [row for row in samples if {"guidance_scale", "model_calls"} <= row.settings.keys()]
+    if config.along == "network_evaluations" != cost_of_sampling(drawn):
+        raise ValueError("--along network_evaluations: a record of an earlier version lacks it; give model_calls")
     lines = lines_of(drawn, columns)
     written = [Path(f"{config.output}.{suffix}") for suffix in FORMS]
     pictures = [Path(f"{config.output}.{suffix}") for suffix in ("png", "pdf")]
     with keeping([*written, *pictures]):  # of an earlier comparison, or of somebody else
-        for path, form in zip(written, FORMS.values(), strict=True):
-            write_atomic(path, table(rows, columns, form=form))
+        for path, (form, note) in zip(written, FORMS.values(), strict=True):
+            text = table(rows, columns, form=form).rstrip("\n")
+            write_atomic(path, "\n".join([text, *map(note.format, notes)]) + "\n")
         if len(drawn) > len({row.name for row in drawn}):
             for path in pictures:
                 draw_sweep(drawn, path, lines, along=config.along)

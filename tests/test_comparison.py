@@ -52,14 +52,14 @@ def test_scores_of_a_run_under_two_settings_stand_in_one_table(folder, capsys):
     run("evaluate.py", *flags, "--num_samples", 6, "--output", "fewer.json", cwd=folder)
     compare([folder / "swept.json", folder / "ddim.json"], folder, names=["ancestral", "DDIM"])
     table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()[:-1]]
-    assert table[0][:3] == ["samples", "sampler", "guidance_scale"]
-    assert [row[:3] for row in table[2:]] == [
-        ["ancestral", "ddpm", "1.0"],
-        ["ancestral", "ddpm", "2.0"],
-        ["DDIM", "ddim", "1.5"],
+    assert table[0][:4] == ["samples", "sampler", "network_evaluations", "guidance_scale"]
+    assert [row[:4] for row in table[2:5]] == [
+        ["ancestral", "ddpm", "3", "1.0"],
+        ["ancestral", "ddpm", "6", "2.0"],
+        ["DDIM", "ddim", "6", "1.5"],
     ]
     first = json.loads((folder / "swept.json").read_text())["rows"][0]["scores"]
-    assert float(table[2][3]) == pytest.approx(next(iter(first.values()))["value"], abs=0.01)
+    assert float(table[2][4]) == pytest.approx(next(iter(first.values()))["value"], abs=0.01)
     assert r"\toprule" in (folder / "both.tex").read_text()
     assert (folder / "both.pdf").stat().st_size > 1000
     with pytest.raises(ValueError, match=r"fewer\.json: .* do not compare with .* by other samples; .*: 10 and 6"):
@@ -83,6 +83,45 @@ def test_each_evaluation_is_a_line_over_the_calls_of_the_model(tmp_path, drawn):
     paths = [saved(tmp_path, "flow", 9.0, 5.0, 3.0, sampler="euler"), saved(tmp_path, "mean", 4.0, 3.5, sampler="heun")]
     compare(paths, tmp_path)
     assert drawn == {"flow, euler": ([1, 2, 4], [9.0, 5.0, 3.0]), "mean, heun": ([1, 2], [4.0, 3.5])}
+
+
+def test_a_figure_counts_what_guidance_costs_and_follows_its_axis(tmp_path, drawn):
+    swept = record_of("flow", *[4.0, 9.0, 5.0])
+    for row, num_steps in zip(swept["rows"], (8, 2, 4), strict=True):
+        row["samples"] |= {"num_steps": num_steps, "model_calls": num_steps, "network_evaluations": 2 * num_steps}
+        row["samples"]["guidance_scale"] = 1.5
+    told = record_of("told", *[6.0, 7.0], guidance_scale=3.0)
+    for row, num_steps in zip(told["rows"], (2, 1), strict=True):
+        row["samples"] |= {"num_steps": num_steps, "model_calls": num_steps, "network_evaluations": num_steps}
+    paths = [tmp_path / "flow.json", tmp_path / "told.json"]
+    for path, record in zip(paths, (swept, told), strict=True):
+        path.write_text(json.dumps(record))
+    compare(paths, tmp_path, along="network_evaluations")
+    assert {name.split(",")[0]: line for name, line in drawn.items()} == {
+        "flow": ([4, 8, 16], [9.0, 5.0, 4.0]),
+        "told": ([1, 2], [7.0, 6.0]),
+    }
+    table = (tmp_path / "both.tex").read_text()
+    assert r"network\_evaluations" in table
+    assert r"model\_calls" not in table
+    drawn.clear()
+    compare([paths[0], saved(tmp_path, "old", 5.0, 6.0)], tmp_path, along="model_calls")
+    assert [line[0] for line in drawn.values()] == [[2, 4, 8], [1, 2]]
+    with pytest.raises(ValueError, match="--along network_evaluations: a record of an earlier version lacks it"):
+        compare([paths[0], tmp_path / "old.json"], tmp_path, along="network_evaluations")
+
+
+def test_each_spread_is_named_for_what_it_is(tmp_path, capsys):
+    spreads = {"a": "standard deviation over 100 subsets", "b": "standard deviation over 3 trials"}
+    for name, spread in spreads.items():
+        record = record_of(name, 5.0)
+        record["rows"][0]["scores"]["fid"] |= {"std": 0.1, "spread": spread}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record))
+    compare([tmp_path / "a.json", tmp_path / "b.json"], tmp_path)
+    notes = [f"± of fid: {spread} ({name})" for name, spread in spreads.items()]
+    assert "\n".join(notes) in capsys.readouterr().out
+    assert (tmp_path / "both.md").read_text().endswith(f"\n\n{notes[0]}\n\n{notes[1]}\n")
+    assert (tmp_path / "both.tex").read_text().endswith(f"{{tabular}}\n% {notes[0]}\n% {notes[1]}\n")
 
 
 def test_each_value_of_a_swept_setting_is_a_line(tmp_path, drawn):

@@ -282,7 +282,7 @@ def test_settings_that_cannot_be_scored_cost_no_others(folder, extractor):
     values = [row["scores"]["frechet_distance[colors]"] for row in scores(folder, "diverged.json")["rows"]]
     assert [isinstance(score["value"], float) for score in values] == [True, False, True]
     assert "not finite" in values[1]["reason"]
-    assert not (folder / "diverged.json.unfinished").exists()
+    assert not list(folder.glob("diverged.json.unfinished*"))
     alone = run("evaluate.py", "--samples", "runs/tiny", *flags, "--guidance_scale", 1e38, cwd=folder, check=False)
     assert alone.returncode == 2
 
@@ -303,7 +303,8 @@ def test_what_is_scored_outlives_the_process(folder, extractor, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         evaluate.main(parse(evaluate.EvaluateConfig, [str(argument) for argument in arguments]))
     assert not (folder / "killed.json").exists()
-    (row,) = scores(folder, "killed.json.unfinished")["rows"]
+    (unfinished,) = folder.glob("killed.json.unfinished-*")
+    (row,) = scores(folder, unfinished.name)["rows"]
     assert [trial["frechet_distance[colors]"]["value"] > 0 for trial in row["trials"]] == [True, True]
 
 

@@ -20,7 +20,7 @@ from conversion.weights import infer_arguments, load_reference
 from diffusion import EDM, SAMPLERS, FlowMatching, GaussianDiffusion, SamplingOptions, sample
 from diffusion.guidance import drop_labels, guide, linear_guidance, projected_guidance, rescaled_guidance
 from diffusion.paths import GaussianChain
-from diffusion.samplers import check_options
+from diffusion.samplers import check_options, num_evaluations
 from experiment.config import ExperimentConfig, SamplingConfig, TrainConfig
 from models import ModelSpec
 from sampling.checks import files_in_record, load_guide_model
@@ -178,6 +178,8 @@ def test_outside_the_guidance_interval_only_the_conditional_half_runs(diffusion)
     sample(diffusion, model, randn(5, 1, 2, 2), labels(5), guidance_interval=[low, high], **settings)
     expected = [10 if low <= at.sigma / at.alpha <= high else 5 for _, at in steps]
     assert [size for size, _ in model.calls] == expected
+    options = SamplingOptions(**settings, guidance_interval=[low, high])
+    assert num_evaluations(diffusion, options) == sum(expected) / 5
     assert {5, 10} == set(expected)
 
 

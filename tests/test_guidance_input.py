@@ -18,7 +18,7 @@ from autoencoders.codec import PixelCodec
 from checkpoints.checkpoint import WEIGHTS, open_checkpoint, save_tensors, warm_start
 from conversion.diffusers_schedulers import to_scheduler
 from diffusion import DIFFUSIONS, EDM, FlowMatching, GaussianDiffusion, sample
-from diffusion.samplers import num_calls
+from diffusion.samplers import num_calls, num_evaluations
 from experiment.build import model_spec
 from experiment.config import DiffusionConfig, ExperimentConfig, SamplingConfig, TrainConfig
 from sampling.checks import resolve_sampling
@@ -305,7 +305,7 @@ def test_the_model_is_told_the_scale_and_called_once(kind):
     drawn = [sample(diffusion, model, noise, y, settings, guidance_scale=scale) for scale in (1.0, 3.0)]
     assert rows == [3] * 8
     assert told == [[1.0] * 3] * 4 + [[3.0] * 3] * 4
-    assert num_calls(diffusion, settings) == 4
+    assert num_calls(diffusion, settings) == num_evaluations(diffusion, settings) == 4
     assert not torch.allclose(*drawn)
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evaluation.record import remove_unfinished, write_json, write_unfinished
+from evaluation.record import remove_unfinished, unfinished_path, write_json, write_unfinished
 
 
 def test_scores_of_more_images_are_kept(tmp_path, capsys):
@@ -71,10 +71,28 @@ def test_what_a_killed_process_has_scored_outlives_another_that_scores_less(tmp_
     for less in ({**sweep, "rows": [ROW]}, {**sweep, "num_samples": 3}):
         write_unfinished(sweep, path)
         write_unfinished(less, path)
-        remove_unfinished(less, path)
+        remove_unfinished(less, tmp_path / "scores.json")
         assert json.loads(path.read_text()) == sweep
-    remove_unfinished({**sweep, "memorisation": {}}, path)
+    remove_unfinished({**sweep, "memorisation": {}}, tmp_path / "scores.json")
     assert not any(tmp_path.iterdir())
+
+
+def test_evaluations_at_the_same_time_leave_each_others_files_alone(tmp_path, capsys):
+    """Two sweeps of one run write what they have scored in turn; the one that ends first removes its own file alone."""
+    output, sweeps = tmp_path / "scores.json", {}
+    for scale in (1.5, 2.0):
+        rows = [{**ROW, "samples": {"guidance_scale": scale + number}} for number in range(3)]
+        sweeps[unfinished_path(output, f"--guidance_scale {scale}")] = [{**BASIC, "rows": rows[:n]} for n in (1, 2, 3)]
+    for number in range(2):
+        for path, records in sweeps.items():
+            write_unfinished(records[number], path)
+            assert json.loads(path.read_text()) == records[number]
+    (first, records), (second, _) = sweeps.items()
+    write_json(records[2], output)
+    remove_unfinished(records[2], output)
+    assert {path.name for path in tmp_path.iterdir()} == {output.name, second.name}
+    assert first.name.startswith("scores.json.unfinished-")
+    assert not capsys.readouterr().out
 
 
 def test_a_file_of_somebody_else_is_kept(tmp_path):

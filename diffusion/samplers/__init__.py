@@ -63,16 +63,29 @@ def num_steps_for(options: SamplingOptions, diffusion: Diffusion) -> int:
 
 
 def num_calls(diffusion: Diffusion, options: SamplingOptions) -> int:
-    """Count a sampler's calls of the model, by running it on a single number."""
-    times, pixel = [], torch.zeros(1, 1, 1, 1)
+    """Count a sampler's calls of the model, by running it on a single number. A guided one may be on twice the batch,
+    see `num_evaluations`."""
+    return len(_guidance_scales(diffusion, options))
+
+
+def num_evaluations(diffusion: Diffusion, options: SamplingOptions) -> int:
+    """Count the network evaluations of a sample. A call with guidance takes two, unless the model is told its scale."""
+    is_told = diffusion.takes_guidance(options.sampler or diffusion.default_sampler)
+    return sum(1 if is_told or scale == 1 else 2 for scale in _guidance_scales(diffusion, options))
+
+
+def _guidance_scales(diffusion: Diffusion, options: SamplingOptions) -> list[float]:
+    """Return the guidance scale of each call that a sampler makes."""
+    scales, pixel = [], torch.zeros(1, 1, 1, 1)
 
     def denoise(x_t: Tensor, t: int | float, at: Transition, **extras: Any) -> Prediction:
-        times.append(t)
+        scales.append(scale_at(options, (at.sigma / at.alpha).item()))
         return Prediction(x_t, x_t, x_t)
 
-    chain = Chain(diffusion, diffusion.reverse_steps(num_steps_for(options, diffusion)), denoise, lambda: pixel)
-    deque(samplers_for(diffusion)[options.sampler or diffusion.default_sampler](chain, pixel), maxlen=0)
-    return len(times)
+    steps = diffusion.reverse_steps(num_steps_for(options, diffusion), options.spacing)
+    sampler = samplers_for(diffusion)[options.sampler or diffusion.default_sampler]
+    deque(sampler(Chain(diffusion, steps, denoise, lambda: pixel), pixel, **options.sampler_args), maxlen=0)
+    return scales
 
 
 def check_options(options: SamplingOptions, diffusion: Diffusion, *, has_guide: bool = False) -> None:
