@@ -79,6 +79,7 @@ def main(config: SampleConfig) -> None:
         from sampling.reconstruction import draw_reconstructions
 
     output_path = Path(config.output) if config.output else None
+    keep = output_path is not None  # another file of that name
     check(config)
     check_output(output_path, is_picture=config.reconstruct is not None or config.interpolate is not None)
     pipeline = load(config.checkpoint, precision=config.precision, autoencoder=config.autoencoder)
@@ -96,13 +97,14 @@ def main(config: SampleConfig) -> None:
     if config.reconstruct is not None:
         held_out = open_split(merge_data_flags(checkpoint.config.data, config.data), "test", accelerator)
         path = output_of("reconstruct")
-        draw_reconstructions(generator, checkpoint, held_out, classes, config.num_per_class, config.reconstruct, path)
+        images = held_out, classes, config.num_per_class
+        draw_reconstructions(generator, checkpoint, *images, config.reconstruct, path, keep=keep)
         return
     if config.interpolate is not None:
         ends, path = (classes[0], classes[-1]), output_of("interpolation")
         seeds = config.seed, config.seed if config.to_seed is None else config.to_seed
         images = interpolate(generator, ends, seeds, config.interpolate)
-        save_grid(images, path, columns=len(images))
+        save_grid(images, path, columns=len(images), keep=keep)
         print(f"{len(images)} images on the way: {path}")
         return
     batches = stream(generator, batch_size=config.batch_size)
@@ -111,22 +113,29 @@ def main(config: SampleConfig) -> None:
         return
 
     output = output_of("samples")
-    save_samples(batches, generator, checkpoint, config.num_per_class, output)
+    save_samples(batches, generator, checkpoint, config.num_per_class, output, keep=keep)
     print(f"{len(labels)} images: {output}")
     if panel is not None:
         path = second_output(output, "panel")
-        save_grid(panel.images(pipeline.codec), path, columns=panel.columns, column_names=panel.names)
+        save_grid(panel.images(pipeline.codec), path, columns=panel.columns, column_names=panel.names, keep=keep)
         print(f"denoising panel: {path}")
     if stages is not None:
         path, names = second_output(output, "stages"), stages.names * 3
-        save_grid(stages.images(pipeline.codec), path, columns=len(names), column_names=names)
+        save_grid(stages.images(pipeline.codec), path, columns=len(names), column_names=names, keep=keep)
         print(f"stages: {path}")
 
 
 def save_samples(
-    batches: Iterable[Any], generator: "Generator", checkpoint: "Checkpoint", num_per_class: int, output: Path
+    batches: Iterable[Any],
+    generator: "Generator",
+    checkpoint: "Checkpoint",
+    num_per_class: int,
+    output: Path,
+    *,
+    keep: bool,
 ) -> None:
-    """Write samples as a grid, an npz, or a folder with a subfolder per class, depending on the suffix of `output`."""
+    """Write samples as a grid, an npz, or a folder with a subfolder per class, depending on the suffix of `output`.
+    With `keep`, another grid of that name is kept; other samples always are."""
     import torch
 
     from checkpoints.checkpoint import read_metadata
@@ -145,6 +154,7 @@ def save_samples(
             captions=names if checkpoint.classes else None,
             weights=read_metadata(checkpoint.path).get("weights_sha256"),
             settings=without_paths(generator.provenance),  # the picture may be published
+            keep=keep,
         )
     elif output.suffix.lower() == ".npz":
         save_npz(batches, labels, checkpoint.classes, output)

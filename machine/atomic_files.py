@@ -69,8 +69,9 @@ def atomic_path(path: Path, *, keep: bool = False) -> Iterator[Path]:
 @contextmanager
 def keeping(paths: Iterable[Path]) -> Iterator[None]:
     """Context that writes to these paths, or not. The files that were there are kept as `NAME.before-TIME`, which is
-    printed, unless the same is written again. After an error, those not yet written have their names back."""
-    kept = {path: path.rename(unused_path(path)) for path in paths if path.is_file()}
+    printed, unless they are empty or the same is written again. After an error, those not yet written have their names
+    back."""
+    kept = {path: path.rename(unused_path(path)) for path in paths if path.is_file() and path.stat().st_size}
     failed = True
     try:
         yield

@@ -29,17 +29,18 @@ def save_grid(
     columns: int,
     weights: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    keep: bool = False,
     **names: Names,
 ) -> None:
     """Save a grid (see `draw_grid`) as PDF, or as PNG, which records the hash of the `weights` that generated it and
-    the `settings` of their sampling."""
+    the `settings` of their sampling. With `keep`, another file of that name is kept."""
     metadata = PngInfo()
     if weights is not None:
         metadata.add_text(DRAWN_BY, weights)
     if settings is not None:
         metadata.add_text(DRAWN_WITH, json.dumps(settings))
     options: dict[str, Any] = {"quality": 95, "subsampling": 0, "pnginfo": metadata}  # quality: of the JPEG in a PDF
-    with atomic_path(path) as partial:
+    with atomic_path(path, keep=keep) as partial:
         draw_grid(images, columns, **names).save(partial, **options)
 
 

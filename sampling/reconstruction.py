@@ -24,8 +24,11 @@ def draw_reconstructions(
     num_per_class: int,
     t: int | float,
     path: Path,
+    *,
+    keep: bool = False,
 ) -> None:
-    """Save a grid of held-out images of some classes, noised to the time `t` and denoised; see `reconstruct`."""
+    """Save a grid of held-out images of some classes, noised to the time `t` and denoised; see `reconstruct`. With
+    `keep`, another file of that name is kept."""
     if "test" in checkpoint.identity:
         checkpoint.check_identity(test=held_out.describe())
     labels = torch.zeros_like(held_out.labels)
@@ -36,7 +39,7 @@ def draw_reconstructions(
     pictures, time = reconstruct(generator, images, labels[chosen], t)
     if generator.accelerator.is_main_process:
         names = ["original", f"t={time:.4g}", "one step", "chain"] * 3
-        save_grid(pictures.flatten(0, 1), path, columns=len(names), column_names=names)
+        save_grid(pictures.flatten(0, 1), path, columns=len(names), column_names=names, keep=keep)
         print(f"{len(chosen)} held-out images, noised and denoised: {path}")
 
 

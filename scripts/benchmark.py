@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from experiment.cli import run_program
 from machine import children
 from machine.allocator import reuse_freed_memory
+from machine.atomic_files import keeping
 
 BACKBONES = ["XSwin", "USwin", "DiT", "UViT"]
 Row = dict[str, Any]
@@ -296,7 +297,8 @@ def scaling(
         print(rows[-1], file=sys.stderr)
     speed.report(f"training step, {precision}, {tokens} latent pixels a step", rows)
     if plot is not None:
-        draw_scaling(rows, models, sides, plot)
+        with keeping([plot]):
+            draw_scaling(rows, models, sides, plot)
 
 
 def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, rounds: int = 5) -> None:

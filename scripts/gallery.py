@@ -78,7 +78,8 @@ def main(config: GalleryConfig) -> None:
     head = ["run", "steps", *logged, *scores, *(f"scored with {name}" for name in scored_with), *differing]
     table = [[cell(value) for value in row] for row in rows]
     path = config.output or folder / "gallery.html"
-    write_atomic(path, render_page("gallery.html", title=title, head=head, rows=table, panels=curves(runs), runs=cards))
+    page = render_page("gallery.html", title=title, head=head, rows=table, panels=curves(runs), runs=cards)
+    write_atomic(path, page, keep=config.output is not None)
     print(f"{len(runs)} runs: {path}")
 
 

@@ -72,11 +72,12 @@ def with_download_errors(items: Iterator[Item], config: PrepareConfig) -> Iterat
 
 
 def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, source: str) -> dict[str, Any]:
-    """Write the images as PNG, uncompressed in a zip, and the manifest. A failure leaves no files."""
+    """Write the images as PNG, uncompressed in a zip, and the manifest. A failure leaves no files, and a zip of other
+    images is kept."""
     from tqdm import tqdm
 
     from data.pixels import fit, to_rgb
-    from machine.atomic_files import sha256_of, write_atomic
+    from machine.atomic_files import keeping, sha256_of, write_atomic
 
     path = output.with_suffix(".json")
     if output.suffix.lower() != ".zip" or output.is_dir():  # else `pets` and `pets.zip` would share a manifest
@@ -113,8 +114,10 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
         manifest: dict[str, Any] = {"source": source, "sha256": sha256_of(partial), "num_images": sum(counts.values())}
         manifest |= {"image_size": image_size, "classes": dict(sorted(classes.items()))}
         manifest["folders"] = dict(sorted(counts.items()))
-        path.unlink(missing_ok=True)  # so that the new zip is never beside the manifest of an old one
-        partial.replace(output)
+        before = {**json.loads(path.read_text()), "sha256": None} if path.exists() else {}
+        with keeping([output, path] if before != {**manifest, "sha256": None} else []):
+            path.unlink(missing_ok=True)  # so that the new zip is never beside the manifest of an old one
+            partial.replace(output)
     write_atomic(path, json.dumps(manifest, indent=2) + "\n")
     return manifest
 

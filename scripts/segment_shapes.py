@@ -89,7 +89,7 @@ def main(config: SegmentConfig) -> None:
     grid = [images[:10].cpu().mul(127.5).add(127.5).byte()]
     grid += [palette[labels[:10].cpu()].permute(0, 3, 1, 2) for labels in (masks, *pictures)]
     captions = [name for name in ("image", "mask", *config.models) for _ in range(10)]
-    save_grid(torch.cat(grid), config.output, columns=10, captions=captions)
+    save_grid(torch.cat(grid), config.output, columns=10, captions=captions, keep=True)
     print(terminal(rows))
     print(f"{len(masks)} held-out images; picture: {config.output}")
 

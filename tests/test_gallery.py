@@ -117,6 +117,13 @@ def test_scores_say_how_they_were_made_where_that_differs(tmp_path):
     assert columns_of(other) == {"scored with guidance_scale": ("4",)}
 
 
+def test_a_page_of_somebody_else_is_kept(runs, tmp_path):
+    (tmp_path / "index.html").write_text("my site")
+    GALLERY.main(GALLERY.GalleryConfig(runs, tmp_path / "index.html"))
+    (kept,) = tmp_path.glob("index.html.before-*")
+    assert kept.read_text() == "my site"
+
+
 def test_the_gallery_shows_the_newest_of_grids_and_samples(tmp_path):
     (tmp_path / "samples").mkdir()
     (tmp_path / "config.yaml").write_text("model: XSwin\n")

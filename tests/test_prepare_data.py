@@ -66,7 +66,7 @@ def test_a_killed_write_leaves_no_manifest_of_another_zip(script, tmp_path, monk
     monkeypatch.setattr("machine.atomic_files.write_atomic", killed)
     with pytest.raises(KeyboardInterrupt):
         script.write_zip(items(), tmp_path / "pets.zip", 8, source="pets")
-    assert [path.name for path in tmp_path.iterdir()] == ["pets.zip"]
+    assert [path.name for path in tmp_path.iterdir() if ".before-" not in path.name] == ["pets.zip"]
 
 
 def test_a_manifest_does_not_overwrite_other_files(script, tmp_path):
@@ -78,7 +78,13 @@ def test_a_manifest_does_not_overwrite_other_files(script, tmp_path):
 
 def test_a_zip_of_somebody_else_is_not_overwritten(script, tmp_path):
     script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")
-    script.write_zip(items(), tmp_path / "pets.zip", 8, source="pets")  # its own may be
+    script.write_zip(items(), tmp_path / "pets.zip", 16, source="pets")  # of the same images
+    assert {path.name for path in tmp_path.iterdir()} == {"pets.zip", "pets.json"}
+    before = (tmp_path / "pets.zip").read_bytes()
+    script.write_zip(items(), tmp_path / "pets.zip", 8, source="pets")
+    kept, manifest = (next(tmp_path.glob(f"pets.{kind}.before-*")) for kind in ("zip", "json"))
+    assert kept.read_bytes() == before
+    assert json.loads(manifest.read_text())["image_size"] == 16
     (tmp_path / "mine.zip").write_bytes(b"photographs")
     (tmp_path / "pets.zip").rename(tmp_path / "kept.zip")
     (tmp_path / "pets.zip").write_bytes(b"others")  # beside the manifest of one that was moved

@@ -67,6 +67,17 @@ def test_a_rollback_is_remembered_after_a_kill(train):
     assert orders == [(2, 1), (3, 1), (4, 1), (5, 1)]
 
 
+def test_a_configuration_that_is_there_is_kept(train, tmp_path):
+    """One that a user wrote, or that of a training whose checkpoints are deleted, whose log is kept too."""
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "config.yaml").write_text("model: XSwin  # my notes\n")
+    run = train(lambda run, step: 1.0)
+    (kept,) = run.folder.glob("config.yaml.before-*")
+    assert kept.read_text() == "model: XSwin  # my notes\n"
+    train(lambda run, step: 1.0, resume="runs/run", keep_checkpoints=2)  # which checkpoints record
+    assert [*run.folder.glob("config.yaml.before-*")] == [kept]
+
+
 def test_a_rollback_leaves_no_step_twice_in_the_log(train, tmp_path):
     def diverges_once(run, step):
         run.log.write(step + 1, loss=run.rollbacks)

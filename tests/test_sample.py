@@ -181,3 +181,20 @@ def test_other_objectives_train_sample_and_guide_each_other(folder, kind):
         assert file["arr_0"].shape == (2, 32, 32, 3)
     other = run(*flags, "--sampling.guidance_checkpoint", "runs/tiny", cwd=folder, check=False)
     assert "--guidance_checkpoint runs/tiny: its kind is gaussian" in other.stderr.strip().splitlines()[-1]
+
+
+def test_pictures_of_somebody_else_are_kept(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    theirs = {name: f"{name} of the user's" for name in ("mine.png", "mine-panel.png", "way.pdf")}
+    for name, text in theirs.items():
+        (folder / name).write_text(text)
+    sample = script("sample.py")
+    samplings = [{"output": "mine.png", "num_per_class": 1, "panel": 2}, {"output": "way.pdf", "interpolate": 2}]
+    for settings in samplings:
+        sample.main(sample.SampleConfig("runs/tiny", precision="fp32", **settings))
+    for name, text in theirs.items():
+        (kept,) = folder.glob(f"{name}.before-*")
+        assert kept.read_text() == text
+    assert "mine.png was another, and is now mine.png.before-" in capsys.readouterr().out
+    sample.main(sample.SampleConfig("runs/tiny", precision="fp32", **samplings[0]))  # the same again
+    assert len([*folder.glob("mine*.png.before-*")]) == 2

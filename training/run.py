@@ -120,7 +120,9 @@ class Run(Generic[R]):
                 note = f"{self.checkpoints}/best is kept until there is another: values so far do not compare"
                 self.accelerator.print(f"{note}, they are of other {', '.join(changed)}")
         if self.is_main:
-            write_atomic(self.folder / "config.yaml", yaml.safe_dump(self.config.to_dict(), sort_keys=False))
+            text, path = yaml.safe_dump(self.config.to_dict(), sort_keys=False), self.folder / "config.yaml"
+            is_other = checkpoint is None and path.is_file() and path.read_text() != text
+            write_atomic(path, text, keep=is_other)  # of a training whose checkpoints were deleted, or of the user
         self.accelerator.wait_for_everyone()
         self.interruption.begin()
         self._saved_at = time.monotonic()

@@ -172,7 +172,8 @@ def report(what: str, rows: Sequence[Row], output: Path | None = None, note: str
     cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
     print(f"\n{title}\n\n{terminal(cells)}\n\n{note}")
     if output is not None:
-        write_atomic(output, json.dumps({"title": title, "note": note, "rows": list(rows)}, indent=2) + "\n")
+        record = {"title": title, "note": note, "rows": list(rows)}
+        write_atomic(output, json.dumps(record, indent=2) + "\n", keep=True)
 
 
 def capture_graph(step: Callable[[], Any]) -> Callable[[], None]:
