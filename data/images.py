@@ -7,7 +7,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -85,6 +85,8 @@ class ImageDataset(ImageSet):
         self.labels = torch.tensor([labels.get(label_of[name], 0) for name in self.names])
         self.source_indices = torch.tensor([numbers[name] for name in self.names])
         self.source_hash = self._hash(layout)
+        # Here rather than when it is needed, because one process opens the images for all.
+        self._has_converted_transparency = self._find_converted_transparency()
 
     def _infer_layout(self, classes: Sequence[str], exclude_classes: Sequence[str]) -> Layout:
         files, beside = self.source, []
@@ -195,8 +197,7 @@ class ImageDataset(ImageSet):
         """Describe the images; those of earlier caches with other pixels (`has_converted_transparency`) as others."""
         return {**super().describe(), **({"transparency": "of any bits"} if self._has_converted_transparency else {})}
 
-    @cached_property
-    def _has_converted_transparency(self) -> bool:
+    def _find_converted_transparency(self) -> bool:
         pngs = [] if isinstance(self.source, Parquets) else [n for n in self.names if n.lower().endswith(".png")]
 
         def is_converted(name: str) -> bool:
