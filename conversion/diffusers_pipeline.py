@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from autoencoders import pooled
 from autoencoders.codec import Codec, LatentCodec
+from autoencoders.pooled import PooledTinyAutoencoder
 from conversion.diffusers_dit import native_names, write_native
 from conversion.diffusers_schedulers import time_mapping, to_scheduler
 from metrics.programs import save_exported
@@ -24,11 +26,6 @@ def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, 
     vae = None
     if isinstance(codec, LatentCodec):
         vae = codec.autoencoder
-        if not type(vae).__module__.startswith("diffusers."):
-            raise ValueError(
-                f"--checkpoint: its autoencoder is a {type(vae).__name__}, which diffusers does not have; "
-                "scripts/push_to_hub.py shares it for `sample.py --checkpoint hf://owner/name`"
-            )
         if codec.kind.representation:
             raise ValueError(f"--checkpoint: its autoencoder is a {type(vae).__name__}, which the pipeline cannot use")
         vae.register_to_config(_name_or_path=None)  # it may be a path on this machine
@@ -57,12 +54,16 @@ def _write_program(folder: Path, checkpoint: Any, sampling: Any, spacing: str, v
     _write_json(denoiser / "config.json", {**settings, "time_offset": offset, "time_rate": rate})
     shutil.copy(PARTS / "denoiser.py", denoiser)
     shutil.copy(PARTS / "pipeline.py", folder)
+    library = "diffusers"
     if vae is not None:
         vae.save_pretrained(folder / "vae")
+        if isinstance(vae, PooledTinyAutoencoder):
+            shutil.copy(pooled.__file__, folder / "vae")
+            library = Path(pooled.__file__).stem
     index = {
         "_class_name": ["pipeline", "ClassConditionalPipeline"],
         "denoiser": ["denoiser", "ExportedDenoiser"],
-        "vae": [None, None] if vae is None else ["diffusers", type(vae).__name__],
+        "vae": [None, None] if vae is None else [library, type(vae).__name__],
         "classes": checkpoint.classes,
         "num_steps": sampling.num_steps,
         "spacing": spacing,

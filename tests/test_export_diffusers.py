@@ -127,7 +127,7 @@ def drawn(run, output, seed=0, **sampling):
         ("gaussian", "ddpm", "uniform", "pixel", {"schedule": "cosine"}),
         ("gaussian", "dpmpp_2m", "uniform", "pixel", {"schedule": "cosine"}),
         ("flow", "euler", None, "embedded", {"shift": 2.0}),
-        ("flow", "euler", None, "embedded", {"prediction": "x_0"}),
+        ("flow", "euler", None, "embedded-taef2", {"prediction": "x_0"}),
         ("edm", "euler", None, "pixel", {}),
     ],
 )
@@ -143,6 +143,8 @@ def test_pictures_are_those_of_sample(kind, sampler, spacing, autoencoder, setti
         tmp_path / "out", custom_pipeline=str(tmp_path / "out" / "pipeline.py"), trust_remote_code=True
     )
     pipeline.set_progress_bar_config(disable=True)
+    if autoencoder == "embedded-taef2":
+        assert type(pipeline.vae).__module__.startswith("diffusers_modules.")  # the copy, not the repository's
     names = ["class 1", "class 1", 2, "class 2"]
     found = pipeline(names, seed=3, output_type="np").images
     assert found.std() > 1
@@ -244,7 +246,6 @@ def test_what_diffusers_cannot_follow_is_refused(tmp_path):
         (pixels, trailing, r"--clip 1: in diffusers only the scheduler of ddpm .* or --clip \.inf"),
         (swin, {"native": True, **trailing}, "--native: diffusers has no XSwin"),
         (tmp_path / "none", {}, "--checkpoint .*none does not exist"),
-        ("embedded", {}, "autoencoder is a .*, which diffusers does not have; scripts/push_to_hub.py shares it"),
     ]:
         with pytest.raises(ValueError, match=words):
             EXPORT.main(EXPORT.ExportConfig(checkpoint=str(source), output=tmp_path / "out", **settings))
