@@ -14,7 +14,9 @@ LINK = re.compile(r"(\[[^]]*\])\((?!https?:|#)([^)#\s]+)((?:#[^)\s]*)?\))")  # t
 
 
 def packages() -> list[str]:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    """Names of the packages with code."""
+    names = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    return [name for name in names if (ROOT / name.replace(".", "/") / "__init__.py").is_file()]
 
 
 def page_of(package: str) -> str:
