@@ -272,12 +272,24 @@ def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) ->
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Save a safetensors file whose metadata include checksums of the metadata and of the tensors."""
+    """Save a safetensors file whose metadata include checksums of the metadata and of the tensors. The same tensors and
+    metadata give the same bytes."""
     metadata = {**metadata, "weights_sha256": weights_sha256(tensors)}
     try:
         save_file(dict(tensors), path, metadata={**metadata, "metadata_sha256": _sha256(metadata)})
     except SafetensorError as error:  # raised for errors of the disk
         raise OSError(f"{path} could not be written ({error}); see to the disk") from error
+    _sort_header(path)
+
+
+def _sort_header(path: Path) -> None:
+    """Sort the metadata in a safetensors file's header, which the library writes in random order."""
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length))
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -44,11 +44,11 @@ def main(config: PushConfig) -> None:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.errors import HTTPError
 
-    from checkpoints.checkpoint import WEIGHTS, open_checkpoint, read_tensors
+    from checkpoints.checkpoint import open_checkpoint, read_tensors
     from checkpoints.hub import HubError
     from machine.atomic_files import check_empty
     from machine.hugging_face import describe_error
-    from sharing.model_card import SHOWN, card_files, model_card, write_published
+    from sharing.model_card import SHOWN, write_folder
 
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.repo):
         raise ValueError(f"--repo {config.repo}: give owner/name")
@@ -56,23 +56,18 @@ def main(config: PushConfig) -> None:
         check_empty(config.dry_run, "--dry_run")  # in a run's folder, files would be overwritten
     checkpoint = open_checkpoint(config.checkpoint)
     read_tensors(checkpoint.path)  # raises if the file is damaged
-    files = card_files(checkpoint)
-    card = model_card(checkpoint, config.repo, config.license, files)
-    files = {WEIGHTS: checkpoint.path, **files}
     if config.dry_run:
-        write_published(files, config.dry_run, half=config.half)
-        (config.dry_run / "README.md").write_text(card)
-        return print(f"would upload {', '.join([*files, 'README.md'])}: {config.dry_run}")
+        names = write_folder(checkpoint, config.repo, config.license, config.dry_run, half=config.half)
+        return print(f"would upload {', '.join(names)}: {config.dry_run}")
 
     message = f"{checkpoint.spec.name}, step {checkpoint.step}"
     with tempfile.TemporaryDirectory() as folder:
-        write_published(files, Path(folder), half=config.half)
-        additions = [CommitOperationAdd(name, Path(folder, name)) for name in files]
-        additions.append(CommitOperationAdd("README.md", card.encode()))
+        names = write_folder(checkpoint, config.repo, config.license, Path(folder), half=config.half)
+        additions = [CommitOperationAdd(name, Path(folder, name)) for name in names]
         try:
             api = HfApi()
             api.create_repo(config.repo, private=config.private, exist_ok=True)
-            outdated = {*SHOWN} & {*api.list_repo_files(config.repo)} - {*files}  # such as scores of other weights
+            outdated = {*SHOWN} & {*api.list_repo_files(config.repo)} - {*names}  # such as scores of other weights
             deletions = [CommitOperationDelete(name) for name in sorted(outdated)]
             commit = api.create_commit(config.repo, [*additions, *deletions], commit_message=message)
         except (HTTPError, OSError, RuntimeError) as error:

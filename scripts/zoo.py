@@ -1,51 +1,182 @@
-"""Update docs/zoo.yaml and the table of docs/zoo.md from the checkpoints in this repository.
+"""Keep docs/zoo.yaml and the table of docs/zoo.md, the index of the checkpoints that were trained here.
 
-python scripts/zoo.py            (after one of them was replaced)
+    python scripts/zoo.py add --name faces --run runs/anime-fast --config configs/anime/fast.yaml --images 2304000 \
+        --scores '[runs/anime-fast/scores.json]' --within '{"frechet_distance[mobilenet_v2]": 23}'
+    python scripts/zoo.py check --name faces --run runs/anime-fast --scores '[runs/anime-fast/scores.json]'
+    python scripts/zoo.py update              (after a file in the repository or the header of a configuration changed)
 
-In docs/zoo.yaml the folder, the configuration (whose header has commands and cost), and the number and speed of images
-seen in training are written by hand. Everything else is read from the files.
+A row has the hash of the weights that `push_to_hub.py --half true --dry_run FOLDER` writes. Checkpoints whose row names
+a folder are part of the repository; the commands of a row make the others.
 """
 
 import json
 import math
 import re
+import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import safe_open
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from evaluation.reproduction import table_cells
-from evaluation.table import markdown
+from evaluation.table import markdown, terminal
 from experiment.cli import run_program
 from machine.atomic_files import sha256_of, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 INDEX, DOCUMENT = ROOT / "docs" / "zoo.yaml", ROOT / "docs" / "zoo.md"
-HEAD = "# Written by scripts/zoo.py from each folder's files, but for folder, config, images, images_per_second.\n"
-BY_HAND = ("folder", "config", "images", "images_per_second")
+HEAD = (
+    "# Written by scripts/zoo.py. By hand, of rows with a folder: folder, config, images, images_per_second, within.\n"
+)
+BY_HAND = ("folder", "config", "images", "images_per_second", "within")
 MARKS = "<!-- python scripts/zoo.py writes this table -->", "<!-- to here -->"
 
 
-def main() -> None:
-    """Read the files and write both documents."""
-    index = {name: entry(by_hand) for name, by_hand in yaml.safe_load(INDEX.read_text()).items()}
+def add(
+    name: str, run: Path, config: Path, scores: list[Path], within: dict[str, float], images: int | None = None
+) -> None:
+    """Add the checkpoint of a run to the index, or replace its row.
+
+    Args:
+        name: name of the row
+        run: the run's folder, or one of its checkpoints
+        config: configuration in the repository whose header has the commands and their cost
+        scores: files of evaluate.py's or recognise.py's --output; of several evaluations in a file the first counts
+        within: by score, the largest difference at which another training of this configuration counts as the same
+        images: images seen in training, with those of the weights that it started from; by default steps times batch
+    """
+    from checkpoints.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(run)
+    origin, batch_size = checkpoint.config.init_from, checkpoint.config.train.batch_size
+    if images is None and origin:
+        raise ValueError(f"--images: the run started from {origin}; give the sum of the images that both have seen")
+    log = [json.loads(line) for line in (checkpoint.run / "log.jsonl").read_text().splitlines()]
+    speeds = [line["images_per_second"] for line in log if "images_per_second" in line]
+    values, sampling = read_scores(scores, checkpoint)
+    if unknown := within.keys() - values.keys():
+        raise ValueError(f"--within: {', '.join(sorted(unknown))} is not in --scores, which have {', '.join(values)}")
+    path = config.resolve().relative_to(ROOT).as_posix()
+    with tempfile.TemporaryDirectory() as folder:
+        weights = published(checkpoint, Path(folder))
+        row = {
+            "config": path,
+            "images": images or checkpoint.step * batch_size,
+            "images_per_second": round(statistics.median(speeds)),
+            "within": within,
+            **described(path),
+            **facts_of(weights),
+            "steps": checkpoint.step,
+            "commit": checkpoint.commit,
+            **({"sampling": sampling} if sampling else {}),
+            "scores": {score: text for score, (text, _) in values.items()},
+        }
+    write({**read_index(), name: row})
+    print(f"{name}: {row['sha256']}")
+
+
+def check(name: str, run: Path, scores: list[Path] | None = None) -> None:
+    """Compare a checkpoint that was made elsewhere with its row: by its hash, or else by its scores. The exit status
+    is 1 if they differ.
+
+    Args:
+        name: name of the row
+        run: the run's folder, a checkpoint, or a folder for the hub
+        scores: files of evaluate.py's or recognise.py's --output, for weights that are not the same
+    """
+    from checkpoints.checkpoint import open_checkpoint, read_metadata
+
+    index = read_index()
+    if name not in index:
+        raise ValueError(f"--name {name}: not in {INDEX.name}, which has {', '.join(index)}")
+    row, checkpoint = index[name], open_checkpoint(run)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = published(checkpoint, Path(folder))
+        if row["sha256"] in (sha256_of(weights), sha256_of(checkpoint.path)):
+            return print(f"{name}: the same file")
+        if row.get("weights_sha256") == read_metadata(weights)["weights_sha256"]:
+            return print(f"{name}: the same weights; the file also has the commit, and names of data, which differ")
+    if not row.get("within"):
+        raise ValueError(f"{name}: other weights, and its row has no tolerance for scores")
+    if not scores:
+        raise ValueError(f"{name}: other weights; give --scores with {', '.join(row['within'])} to compare")
+    values, _ = read_scores(scores, checkpoint)
+    if missing := row["within"].keys() - values.keys():
+        raise ValueError(f"--scores: they lack {', '.join(sorted(missing))}")
+    lines, agrees = [["score", "in the index", "here", "within", ""]], True
+    for score, largest in row["within"].items():
+        listed = float(row["scores"][score].split()[0])
+        near = abs(values[score][1] - listed) <= largest
+        agrees &= near
+        lines.append([score, row["scores"][score], values[score][0], f"{largest:g}", "" if near else "differs"])
+    print(f"{name}: other weights\n{terminal(lines)}")
+    if not agrees:
+        sys.exit(1)
+    return None
+
+
+def update() -> None:
+    """Read the files in the repository and the headers of configurations, and write both documents."""
+    write({name: current(row) for name, row in read_index().items()})
+
+
+def current(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as the files in the repository have it now."""
+    return entry(row) if "folder" in row else {**row, **described(row["config"])}
+
+
+def read_index() -> dict[str, dict[str, Any]]:
+    return yaml.safe_load(INDEX.read_text())
+
+
+def write(index: dict[str, dict[str, Any]]) -> None:
+    """Write the index and the document's table."""
     write_atomic(INDEX, HEAD + yaml.safe_dump(index, sort_keys=False, width=120, allow_unicode=True))
     write_atomic(DOCUMENT, filled_in(DOCUMENT.read_text(), index))
 
 
+def published(checkpoint: Any, folder: Path) -> Path:
+    """Write the checkpoint's weights as push_to_hub.py does with --half true, and return the file."""
+    from checkpoints.checkpoint import WEIGHTS
+    from sharing.model_card import write_published
+
+    write_published({WEIGHTS: checkpoint.path}, folder, half=True)
+    return folder / WEIGHTS
+
+
+def read_scores(paths: list[Path], checkpoint: Any) -> tuple[dict[str, tuple[str, float]], str]:
+    """Return text and value of each score in files of evaluate.py or recognise.py, and how samples were drawn. Raises
+    ValueError for scores of other weights."""
+    from checkpoints.checkpoint import read_metadata
+    from sharing.model_card import format_sampling, listed, score_texts
+
+    values, sampling = {}, {}
+    for path in paths:
+        record = json.loads(path.read_text())
+        samples = record.get("samples", {})
+        own = read_metadata(checkpoint.path).get("weights_sha256")
+        if samples.get("weights_sha256", own) != own:
+            raise ValueError(f"--scores {path}: of other weights than {checkpoint.path}")
+        scores = record.get("scores", {})
+        values |= {name: (text, scores[name]["value"]) for name, text in score_texts(record) if "halves" not in name}
+        if "class_agreement" in record:
+            share, num = record["class_agreement"], record["num_samples"]
+            values["class_agreement"] = f"{share:.3f} of {num} samples", share
+        sampling = sampling or format_sampling(checkpoint, samples)
+    return values, listed(sampling).replace("\\", "")
+
+
 def entry(by_hand: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
-    """Compose a row of the index from the entries by hand and from the weights, their model card or their metrics."""
+    """Compose the row of a checkpoint in the repository from the entries by hand and from the weights, their model card
+    or their metrics."""
     from checkpoints.checkpoint import read_metadata  # imports torch, for which --help should not wait
 
     folder = root / by_hand["folder"]
     (weights,) = folder.glob("*.safetensors")
-    with safe_open(weights, "pt") as file:
-        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     metadata, metrics = read_metadata(weights), folder / "metrics.json"
     if metrics.is_file():  # an autoencoder
         facts = json.loads(metrics.read_text())
@@ -56,31 +187,53 @@ def entry(by_hand: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
         scores = {row["score"]: row["value"] for _, row in table_cells(card) if "halves" not in row["score"]}
         sampling = re.search(r"^- sampling: (.+)$", card, re.MULTILINE)
         facts |= {"sampling": sampling[1].replace("\\", "")} if sampling else {}
-    head = re.match(r"(?:#.*\n)+", (root / by_hand["config"]).read_text())
-    comment = re.sub(r"^# ?", "", head[0] if head else "", flags=re.MULTILINE)
-    unbroken = comment.replace("\\\n", "")
-    cost = re.search(r"^Cost: (.+?)(?=^\w+: |\Z)", comment, re.MULTILINE | re.DOTALL)
     return {
-        **{name: by_hand[name] for name in BY_HAND},
-        "cost": " ".join(cost[1].split()).rstrip(".") if cost else "not said",
-        "commands": [" ".join(line.split()) for line in re.findall(r"^ +(python .+)$", unbroken, re.MULTILINE)],
-        "file": weights.name,
-        "sha256": sha256_of(weights),
-        "bytes": weights.stat().st_size,
-        "precision": sorted(dtypes),
-        "parameters": sum(map(math.prod, shapes)),
+        **{name: by_hand[name] for name in BY_HAND if name in by_hand},
+        **described(by_hand["config"], root),
+        **facts_of(weights),
         **{name: facts[name] for name in ("steps", "commit", "sampling") if name in facts},
         "scores": scores,
     }
 
 
+def described(config: str, root: Path = ROOT) -> dict[str, Any]:
+    """Read cost and commands from the header of a configuration."""
+    head = re.match(r"(?:#.*\n)+", (root / config).read_text())
+    comment = re.sub(r"^# ?", "", head[0] if head else "", flags=re.MULTILINE)
+    cost = re.search(r"^Cost: (.+?)(?=^\w+: |^$|\Z)", comment, re.MULTILINE | re.DOTALL)
+    commands = re.findall(r"^ +(python .+)$", comment.replace("\\\n", ""), re.MULTILINE)
+    return {
+        "cost": " ".join(cost[1].split()).rstrip(".") if cost else "not said",
+        "commands": [" ".join(line.split()) for line in commands],
+    }
+
+
+def facts_of(weights: Path) -> dict[str, Any]:
+    """Describe a file of weights: name, hashes of the file and of the tensors in it, size and precision."""
+    from safetensors import safe_open
+
+    with safe_open(weights, "pt") as file:
+        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+        dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        of_tensors = (file.metadata() or {}).get("weights_sha256")
+    return {
+        "file": weights.name,
+        "sha256": sha256_of(weights),
+        **({"weights_sha256": of_tensors} if of_tensors else {}),
+        "bytes": weights.stat().st_size,
+        "precision": sorted(dtypes),
+        "parameters": sum(map(math.prod, shapes)),
+    }
+
+
 def table(index: dict[str, dict[str, Any]]) -> str:
-    lines = [["name", "parameters", "MB", "images seen", "img/s", "cost", "scores", "sha256"]]
+    lines = [["name", "where", "parameters", "MB", "images seen", "img/s", "cost", "scores", "sha256"]]
     for name, row in index.items():
         scores = ", ".join(f"{score} {value}" for score, value in row["scores"].items())
         size, parameters = f"{row['bytes'] / 1e6:.1f}", f"{row['parameters'] / 1e6:.2f}M"
         speed = [f"{row['images']:,}", str(row["images_per_second"])]
-        lines.append([name, parameters, size, *speed, row["cost"], scores, f"{row['sha256'][:12]}..."])
+        where = row.get("folder", f"made by {row['config']}")
+        lines.append([name, where, parameters, size, *speed, row["cost"], scores, f"{row['sha256'][:12]}..."])
     return markdown(lines)
 
 
@@ -92,4 +245,4 @@ def filled_in(document: str, index: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program([add, check, update])

@@ -52,6 +52,16 @@ def _belongs_to(checkpoint: Checkpoint, path: Path) -> bool:
     return path.stat().st_mtime >= checkpoint.path.stat().st_mtime
 
 
+def write_folder(checkpoint: Checkpoint, repo: str, license: str, folder: Path, *, half: bool) -> list[str]:
+    """Write all files for publication, the model card among them, and return their names."""
+    files = card_files(checkpoint)
+    card = model_card(checkpoint, repo, license, files)
+    files = {WEIGHTS: checkpoint.path, **files}
+    write_published(files, folder, half=half)
+    (folder / "README.md").write_text(card)
+    return [*files, "README.md"]
+
+
 def write_published(files: dict[str, Path], folder: Path, *, half: bool = False) -> None:
     """Write the files for publication: paths in them are cut to their last part; `half` writes float16 weights."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,13 +124,8 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str,
         without_paths(json.loads(files[name].read_text())) if name in files else {}
         for name in ("scores.json", "imported.json")
     )
-    scores = [
-        [name, f"{score['value']:.4g}{'' if score['std'] is None else ' ± {:.2g}'.format(score['std'])}"]
-        for name, score in record.get("scores", {}).items()
-        if isinstance(score, dict) and score.get("value") is not None
-    ]
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
-    environment.filters |= {"code": code, "plain": plain, "json": json.dumps, "listed": _listed}
+    environment.filters |= {"code": code, "plain": plain, "json": json.dumps, "listed": listed}
     environment.filters |= {"without_paths": without_paths, "without_folders": lambda path: Path(path).name}
     return environment.from_string(TEMPLATE.read_text()).render(
         checkpoint=checkpoint,
@@ -133,13 +138,22 @@ def model_card(checkpoint: Checkpoint, repo: str, license: str, files: dict[str,
         files=files,
         pictures=PICTURES,
         record=record,
-        scores=markdown([["score", "value"], *scores]),
+        scores=markdown([["score", "value"], *score_texts(record)]),
         origin=origin,
         averaged=describe_averaging(checkpoint),
         history=json.loads(read_metadata(checkpoint.path).get("history", "[]")),
         drawn=format_sampling(checkpoint, record.get("samples", {})),
         shown=format_sampling(checkpoint, read_settings(files["samples.png"])) if "samples.png" in files else {},
     )
+
+
+def score_texts(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and text of each score in a record of evaluate.py."""
+    return [
+        (name, f"{score['value']:.4g}{'' if score['std'] is None else ' ± {:.2g}'.format(score['std'])}")
+        for name, score in record.get("scores", {}).items()
+        if isinstance(score, dict) and score.get("value") is not None
+    ]
 
 
 def format_sampling(checkpoint: Checkpoint, samples: dict[str, Any]) -> dict[str, Any]:
@@ -164,7 +178,7 @@ def describe_averaging(checkpoint: Checkpoint) -> str:
     return f"averaged at {checkpoint.config.train.ema_decay:g}"
 
 
-def _listed(settings: dict[str, Any], *names: str) -> str:
+def listed(settings: dict[str, Any], *names: str) -> str:
     """Join `name value` of the named settings, or of all, with commas; those that are None are left out."""
     values = {name: settings.get(name) for name in names or settings}
     return ", ".join(f"{name} {plain(str(value))}" for name, value in values.items() if value is not None)

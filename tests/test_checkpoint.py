@@ -93,6 +93,17 @@ def test_a_relative_path_of_an_autoencoder_is_resolved_from_the_runs_folder(save
     assert of_own.autoencoder == "runs/own/autoencoder"
 
 
+def test_the_same_weights_and_metadata_are_the_same_file(tmp_path):
+    weights = {"b": torch.arange(3.0), "a": torch.ones(2, 2).half(), "ä": torch.tensor(1)}
+    metadata = {f"key {number}": 'ü 🙂 "\\/\n\x01\x7f' for number in range(8)}
+    files = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for path in files:
+        save_tensors(weights, path, metadata)
+    assert len({path.read_bytes() for path in files}) == 1  # the library's own order would agree once in 40320 ** 7
+    assert metadata.items() <= read_metadata(files[0]).items()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in read_tensors(files[0]).items())
+
+
 def test_run_folder_means_its_newest_checkpoint(saved, tmp_path):
     folder, trained = saved
     save(folder.parent, 10, *trained)
