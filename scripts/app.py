@@ -28,7 +28,7 @@ STYLE = """
 .pictures label[data-testid="block-label"] { position: static; margin-bottom: 4px; }
 .pictures .image-container, .pictures .image-frame, .pictures .image-frame > * { height: auto; width: 100%; }
 .command textarea { font-family: ui-monospace, monospace; font-size: 13px; }
-footer { display: none !important; }
+footer, [data-testid="status-tracker"]:has(> .error) { display: none !important; }
 """
 
 
@@ -45,6 +45,8 @@ class AppConfig:
         queue: largest number of waiting visitors; more are asked to come back
         precision: of sampling: 'auto' (bf16 if the device has instructions for it, else fp32), 'fp32' or 'bf16'
         autoencoder: replaces the checkpoints' own
+        classifier: file of recognise.py's --classifier, to count the pictures that it takes for the class asked for; it
+            is a program, so run only what you trust
     """
 
     checkpoints: list[str] = reads("checkpoint", [])
@@ -55,6 +57,7 @@ class AppConfig:
     queue: int = within("[1, inf)", 32)
     precision: str = "auto"
     autoencoder: str | None = reads("autoencoder", None)
+    classifier: Path | None = reads("file", None)
 
 
 def main(config: AppConfig) -> None:
@@ -75,7 +78,8 @@ def serve(config: AppConfig) -> None:
     from sharing.page import Page
     from sharing.studio import Studio, find_runs
 
-    studio = Studio(config.checkpoints or find_runs(config.runs), config.precision, config.autoencoder)
+    paths = config.checkpoints or find_runs(config.runs)
+    studio = Studio(paths, config.precision, config.autoencoder, config.classifier)
     listening: Counter[str] = Counter()
     hosts = None if config.share or config.host not in LOOPBACK else LOOPBACK
     page = Page(studio, listening).build()

@@ -109,16 +109,19 @@ class Page:
             requests = self.make_requests(*inputs)
             commands = "\n".join(self.command(request) for request in requests)
             history: list[list[Any]] = [[] for _ in requests]
+            titles = []
             for moments, request in zip(history, requests, strict=True):
                 if not self.is_listening():
                     return
+                images = torch.empty(0)
                 for step, images in self.studio.draw(request):
                     moments.append(self.picture(request, images))
-                    titles = [f"{other.run}: step {step} of {request.num_steps}" for other in requests]
-                    yield [], gr.Slider(visible=False), commands, *update_images(history, titles)
+                    steps = [f"{other.run}: step {step} of {request.num_steps}" for other in requests]
+                    yield [], gr.Slider(visible=False), commands, *update_images(history, steps)
+                titles.append(self.title(request, images))
         num = max(map(len, history))
         slider = gr.Slider(1, num, num, step=1, visible=num > 1)
-        yield history, slider, commands, *update_images(history, [request.run for request in requests])
+        yield history, slider, commands, *update_images(history, titles)
 
     def draw_interpolated(
         self, runs, of_class, seed, number, guidance, sampler, steps, to_class, to_seed, position
@@ -200,6 +203,11 @@ class Page:
         name = request.run.removeprefix("hf://").removeprefix("runs/").strip("/.")
         name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name) or "picture"
         return self.studio.command(request, f"{name}.png")
+
+    def title(self, request: Request, images: torch.Tensor) -> str:
+        """The run, and how many of its pictures a classifier takes for the class asked for."""
+        number = self.studio.num_recognised(request, images)
+        return request.run if number is None else f"{request.run}: {number} of {len(images)} recognised"
 
     def picture(self, request: Request, images: torch.Tensor) -> Any:
         """Arrange images as the picture that sample.py writes for the request."""

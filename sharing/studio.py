@@ -18,6 +18,7 @@ from checkpoints.hub import EMBEDDED
 from diffusion.samplers import AVERAGES
 from experiment.build import open_split
 from machine.accelerator import open_accelerator
+from metrics.extractors import load_extractor
 from metrics.manifold import nearest_neighbours
 from sampling.generation import Generator, generate
 from sampling.interpolation import interpolate
@@ -52,11 +53,14 @@ class Request:
 class Studio:
     """The checkpoints that visitors can draw from, by path. No other file is ever opened for a visitor."""
 
-    def __init__(self, paths: list[str], precision: str = "auto", autoencoder: str | None = None) -> None:
+    def __init__(
+        self, paths: list[str], precision: str = "auto", autoencoder: str | None = None, classifier: Path | None = None
+    ) -> None:
         self.checkpoints: dict[str, Checkpoint] = {path: open_checkpoint(path) for path in paths}
         self.precision, self.autoencoder = precision, autoencoder
         self.accelerator = open_accelerator(precision)
         self.pipelines: dict[str, Pipeline] = {}
+        self.classifier = load_extractor(str(classifier))[0] if classifier else None
         self.layouts = {}
 
     def classes(self, run: str) -> list[str]:
@@ -143,6 +147,16 @@ class Studio:
         }
         words = [f"--{name} {shlex.quote(str(value))}" for name, value in flags.items() if value is not None]
         return "python sample.py " + " ".join(words)
+
+    def num_recognised(self, request: Request, pictures: UInt8[Tensor, "n 3 h w"]) -> int | None:
+        """Count the pictures that the classifier takes for the class asked for. None without a classifier for as many
+        classes as the checkpoint has, and for an interpolation, whose pictures have no single class."""
+        num_classes = len(self.classes(request.run))
+        if self.classifier is None or request.interpolates or not num_classes:
+            return None
+        _, logits = self.classifier(pictures)
+        label = self.label(request.run, request.of_class)
+        return int((logits.argmax(dim=1) == label).sum()) if logits.shape[1] == num_classes else None
 
     def nearest(self, run: str, pictures: UInt8[Tensor, "n 3 h w"]) -> tuple[UInt8[Tensor, "n 3 h w"], list[float]]:
         """Find the nearest training image of each picture at 16x16 pixels, and their distance per value."""

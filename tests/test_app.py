@@ -20,6 +20,7 @@ from PIL import Image
 from processes import ROOT, environment_of, free_port, run, script, started
 
 from experiment.cli import parse
+from metrics.classifier import SmallClassifier
 from sharing.studio import Request, Studio, class_argument, find_runs
 
 gradio_client = pytest.importorskip("gradio_client", reason="the page is an extra: pip install -e '.[demo]'")
@@ -47,24 +48,25 @@ def temporary(tmp_path_factory):
     return tmp_path_factory.mktemp("temporary")
 
 
+def all_stars(path):
+    """Write a classifier of the shapes to which everything is a star."""
+    classifier = SmallClassifier(10)
+    with torch.no_grad():
+        classifier.to_logits.bias[3] = 1e3
+    return classifier.save(path)
+
+
 @pytest.fixture(scope="module")
 def address(folder, temporary):
     """Address of the page, which serves two checkpoints of the tiny run and one that samples in a single step."""
-    at_once = (
-        "--diffusion.kind",
-        "shortcut",
-        "--diffusion.guidance_max",
-        5,
-        "--sampling.sampler",
-        "shortcut",
-        "--sampling.num_steps",
-        1,
-    )
+    at_once = ("--diffusion.kind", "shortcut", "--diffusion.guidance_max", 5)
+    at_once += ("--sampling.sampler", "shortcut", "--sampling.num_steps", 1)
     flags = ("--name", "at-once", "--train.num_steps", 1, "--log.validate_every", 0)
     run("train.py", "--config", "tiny.yaml", *at_once, *flags, cwd=folder)
     port = free_port()
     checkpoints = "[runs/tiny, runs/tiny/checkpoints/00000002, runs/at-once]"
     command = [str(ROOT / "scripts" / "app.py"), "--port", str(port), "--checkpoints", checkpoints]
+    command += ["--classifier", str(all_stars(folder / "classifier.pt"))]
     log = folder / "app.log"
     server = started(command, folder, environment_of(GRADIO_ANALYTICS_ENABLED="False", TMPDIR=str(temporary)), log, log)
     url = f"http://127.0.0.1:{port}"
@@ -141,6 +143,13 @@ def test_two_checkpoints_side_by_side_and_back_through_the_steps(client):
     for early, late in zip(before, pictures, strict=True):
         assert pixels(early).shape == pixels(late).shape
         assert not np.array_equal(pixels(early), pixels(late))
+
+
+@pytest.mark.parametrize(("of_class", "to_class", "words"), [("star", "", ": 2 of 2 recognised"), ("ring", "star", "")])
+def test_the_page_counts_the_pictures_that_a_classifier_recognises(client, of_class, to_class, words):
+    wanted = {**DRAW, "of_class": of_class, "to_class": to_class or None}
+    _, _, picture, *_ = client.predict(["runs/tiny"], *wanted.values(), api_name="/draw")
+    assert picture["label"] == f"runs/tiny{words}"
 
 
 @pytest.mark.parametrize("to_class", ["ring", None])
@@ -350,6 +359,18 @@ def test_a_visitor_draws_slides_back_and_compares(address, browser, width):
         assert all(
             page.evaluate("[...document.querySelectorAll('.pictures img')].map(image => image.naturalWidth > 0)")
         )
+
+
+@needs_chromium
+def test_a_refused_request_is_said_once_and_leaves_no_marks(address, browser):
+    with page_of(browser, address, WIDTHS["desktop"]) as page:
+        page.set_default_timeout(90_000)
+        page.get_by_label("Class", exact=True).fill("starr")
+        page.get_by_label("Class", exact=True).press("Enter")
+        page.get_by_role("button", name="Draw", exact=True).click()
+        page.get_by_text("did you mean star").wait_for()
+        page.locator("[data-testid=status-tracker] .error").first.wait_for(state="attached")
+        assert not any(mark.is_visible() for mark in page.locator("[data-testid=status-tracker] .error").all())
 
 
 @needs_chromium
