@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from diffusion.calls import eval_mode, num_classes_of, with_and_without_label
-from diffusion.diffusion import EMPTY, Auxiliary, Denoiser, Diffusion, mean_per_sample, with_auxiliary
+from diffusion.diffusion import Auxiliary, Denoiser, Diffusion, mean_per_sample, with_auxiliary
 from diffusion.forward_mode import differentiable_forward
 from diffusion.options import SamplingOptions
 from diffusion.paths import Flow
@@ -64,18 +64,10 @@ class AverageVelocity(Diffusion, ABC):
 
     @abstractmethod
     def average_velocity(
-        self,
-        model: Denoiser,
-        x_t: Images,
-        r: Timesteps,
-        t: Timesteps,
-        y: Labels,
-        v: Images,
-        index: Int64[Tensor, " n"],
-        extras: Mapping[str, Tensor] = EMPTY,
+        self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, index: Int64[Tensor, " n"], **told: Tensor
     ) -> Images:
-        """Return the training target: the average velocity for samples at `index`, the velocity `v` for others.
-        `extras` are further inputs of the model, with a row for each sample."""
+        """Return the training target: the average velocity from t to r for samples at `index`, the velocity `v` for
+        others. The model is also told `y`, `r` and further inputs, with a row for each sample."""
 
     def precondition(self, model: Denoiser) -> Denoiser:
         """Wrap the model as a function of the path's `x_t`, `t` and `r`; `r` is `t` by default."""
@@ -139,7 +131,7 @@ class AverageVelocity(Diffusion, ABC):
         x_t, v = self.q_sample(x_0, t, noise), noise - x_0
         if not len(index):
             index = index.new_zeros(1)  # all processes must call the model equally often
-        target = self.average_velocity(model, x_t, r, t, y, v, index, extras)
+        target = self.average_velocity(model, x_t, t, v, index, y=y, r=r, **extras)
         if self.prediction == "x_0":
             target = x_t - broadcast(t) * target
         output = self.precondition(model)(x_t, t, y, r=r, **extras).float()
@@ -212,21 +204,13 @@ class MeanFlow(AverageVelocity):
 
     @torch.no_grad()
     def average_velocity(
-        self,
-        model: Denoiser,
-        x_t: Images,
-        r: Timesteps,
-        t: Timesteps,
-        y: Labels,
-        v: Images,
-        index: Int64[Tensor, " n"],
-        extras: Mapping[str, Tensor] = EMPTY,
+        self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, index: Int64[Tensor, " n"], **told: Tensor
     ) -> Images:
         """Return `v - (t - r) du/dt` for samples at `index`, and `v` for others."""
         u, x, end = self.velocity_of(model), x_t[index], t[index]
-        others = {name: values[index] for name, values in {"y": y, "r": r, **extras}.items()}
+        others = {name: values[index] for name, values in told.items()}
         with eval_mode(model) if self.difference else differentiable_forward(model):
-            v = self.guided(model, x_t, t, y, v, extras)
+            v = self.guided(model, x_t, t, v, **told)
             tangent = v[index]
             if self.tangent == "model":
                 tangent = u(x, end, **{**others, "r": end}).to(x.dtype)  # the model has learned the guided velocity
@@ -247,16 +231,14 @@ class MeanFlow(AverageVelocity):
         u_before, u_after = u(x_ends, t_ends, **doubled).to(x.dtype).chunk(2)
         return (u_after - u_before) / broadcast((after - before).clamp(min=1e-12))
 
-    def guided(
-        self, model: Denoiser, x_t: Images, t: Timesteps, y: Labels, v: Images, extras: Mapping[str, Tensor] = EMPTY
-    ) -> Images:
+    def guided(self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, *, y: Labels, **told: Tensor) -> Images:
         """Return the guided velocity of samples with a label, and `v` for those with the null label."""
         if not self.guidance_settings:
             return v
         null_label = num_classes_of(model)
-        both = with_and_without_label(self.velocity_of(model), null_label, x_t, t, y, r=t, **extras)
+        both = with_and_without_label(self.velocity_of(model), null_label, x_t, t, y, **{**told, "r": t})
         labelled, unlabelled = (u.to(x_t.dtype) for u in both)
-        kappa = broadcast(1 - 1 / extras["g"]) if "g" in extras else self.kappa
+        kappa = broadcast(1 - 1 / told["g"]) if "g" in told else self.kappa
         guided = self.omega * v + kappa * labelled + (1 - self.omega - kappa) * unlabelled
         return torch.where(broadcast(y == null_label), v, guided)
 
@@ -324,28 +306,21 @@ class Shortcut(AverageVelocity):
 
     @torch.no_grad()
     def average_velocity(
-        self,
-        model: Denoiser,
-        x_t: Images,
-        r: Timesteps,
-        t: Timesteps,
-        y: Labels,
-        v: Images,
-        index: Int64[Tensor, " n"],
-        extras: Mapping[str, Tensor] = EMPTY,
+        self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, index: Int64[Tensor, " n"], **told: Tensor
     ) -> Images:
         """Return the mean of two half steps' velocities for samples at `index`, and `v` for others."""
-        x, r, t, y = x_t[index], r[index], t[index], y[index]
-        told = {name: values[index] for name, values in extras.items()}
+        x, t = x_t[index], t[index]
+        told = {name: values[index] for name, values in told.items()}
+        r = told["r"]
         middle = (r + t) / 2
         with eval_mode(model):
-            first = self.half_step_velocity(model, x, middle, t, y, told)
-            second = self.half_step_velocity(model, x - broadcast(t - middle) * first, r, middle, y, told)
+            first = self.half_step_velocity(model, x, t, **{**told, "r": middle})
+            second = self.half_step_velocity(model, x - broadcast(t - middle) * first, middle, **told)
         average = torch.where(broadcast(r == t), v[index], (first + second) / 2)
         return v.index_copy(0, index, average)
 
     def half_step_velocity(
-        self, model: Denoiser, x_t: Images, r: Timesteps, t: Timesteps, y: Labels, extras: Mapping[str, Tensor]
+        self, model: Denoiser, x_t: Images, t: Timesteps, *, y: Labels, r: Timesteps, **extras: Tensor
     ) -> Images:
         """Return the average velocity of half a step; for half the shortest step, the guided velocity at t."""
         is_shortest = (t - r) * self.sections <= 1

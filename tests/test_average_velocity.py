@@ -65,7 +65,7 @@ def test_the_average_velocity_of_gaussian_data_is_its_own_target(kind, predictio
     x_t = randn(4, 2, 3, 3).to(dtype)
     v = velocity(x_t, t[:, None, None, None])
     diffusion, model = kind(prediction=prediction), Perfect(prediction)
-    target = diffusion.average_velocity(model, x_t, r, t, labels(4), v, torch.arange(4))
+    target = diffusion.average_velocity(model, x_t, t, v, torch.arange(4), y=labels(4), r=r)
     torch.testing.assert_close(target, Perfect()(x_t, 999 * t, labels(4), r=999 * r), rtol=0, atol=atol)
     assert not torch.allclose(target[:3], v[:3], atol=0.05)
 
@@ -79,7 +79,7 @@ def test_a_difference_quotient_leaves_an_error_of_second_order(prediction):
 
     def errors(difference):
         diffusion = DIFFUSIONS["meanflow"](prediction=prediction, difference=difference)
-        target = diffusion.average_velocity(model, x_t, r, t, labels(5), v, torch.arange(5))
+        target = diffusion.average_velocity(model, x_t, t, v, torch.arange(5), y=labels(5), r=r)
         return (target - u).abs().amax(dim=(1, 2, 3))
 
     coarse, fine = errors(0.04), errors(0.02)
@@ -225,7 +225,7 @@ def test_shortcut_intervals_are_dyadic_and_contain_the_training_times():
 def test_the_shortest_shortcut_is_two_euler_steps():
     """Intermediate times may lie off the grid: each of its sections takes two steps."""
     x_t, r, t = randn(2, 1, 3, 3).double(), times(0.25, 0.5), times(0.5, 0.75)
-    target = shortcut(sections=8).average_velocity(Perfect(), x_t, r, t, labels(2), x_t, torch.tensor([1]))
+    target = shortcut(sections=8).average_velocity(Perfect(), x_t, t, x_t, torch.tensor([1]), y=labels(2), r=r)
     assert torch.equal(target[0], x_t[0])
     x, now = x_t[1:], torch.full((1, 1, 1, 1), 0.75, dtype=torch.float64)
     first = velocity(x, now)

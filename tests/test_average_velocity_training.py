@@ -93,7 +93,7 @@ def test_the_derivative_along_the_path_is_that_of_finite_differences(name):
     model = prepared(name).eval().double()
     x_t, v, y = randn(2, 4, 8, 8).double(), randn(2, 4, 8, 8, seed=1).double(), torch.tensor([1, 5])
     r, t, step = torch.tensor([0.1, 0.4]).double(), torch.tensor([0.5, 0.8]).double(), 1e-6
-    target = meanflow().average_velocity(model, x_t, r, t, y, v, torch.arange(2))
+    target = meanflow().average_velocity(model, x_t, t, v, torch.arange(2), y=y, r=r)
     u = meanflow().precondition(model)
     with torch.no_grad():
         ends = [u(x_t + sign * step * v, t + sign * step, y, r=r) for sign in (1, -1)]
@@ -107,7 +107,7 @@ def test_a_small_difference_quotient_gives_the_target_of_the_exact_derivative(se
     x_t, v, y = randn(3, 4, 8, 8).double(), randn(3, 4, 8, 8, seed=1).double(), torch.tensor([1, 5, model.num_classes])
     r, t, index = torch.tensor([0.1, 0.4, 0.0]).double(), torch.tensor([0.5, 0.8, 1.0]).double(), torch.arange(3)
     exact, quotient = (
-        meanflow(difference=difference, **settings).average_velocity(model, x_t, r, t, y, v, index)
+        meanflow(difference=difference, **settings).average_velocity(model, x_t, t, v, index, y=y, r=r)
         for difference in (None, 1e-9)
     )
     assert (exact - v).abs().max() > 0.01
@@ -148,8 +148,8 @@ def test_improved_meanflow_differentiates_along_the_velocity_of_the_model(guidan
         ends = [u(x_t + sign * step * along, t + sign * step, y, r=r) for sign in (1, -1)]
     derivative = (ends[0] - ends[1]) / (2 * step)
     for v in (zeros, randn(*x_t.shape, seed=1).double()):
-        target = diffusion.average_velocity(model, x_t, r, t, y, v, torch.arange(3))
-        away = diffusion.guided(model, x_t, t, y, v) - target
+        target = diffusion.average_velocity(model, x_t, t, v, torch.arange(3), y=y, r=r)
+        away = diffusion.guided(model, x_t, t, v, y=y) - target
         torch.testing.assert_close(away / 0.4, derivative, rtol=1e-4, atol=1e-4 * derivative.abs().max().item())
     with pytest.raises(ValueError, match=r"--diffusion\.tangent up: unknown, choose from sample, model"):
         meanflow(tangent="up")
@@ -215,9 +215,9 @@ def test_the_target_is_of_the_model_that_is_sampled(kind):
     diffusion = kind()
     whole = diffusion.average_velocity
 
-    def spy(*arguments):
+    def spy(*arguments, **told):
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        seen.append(whole(*arguments))
+        seen.append(whole(*arguments, **told))
         assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
         return seen[-1]
 
@@ -286,15 +286,17 @@ def test_meanflow_guidance_enters_the_learned_velocity():
     x_t, v, y, t = randn(3, 1, 2, 2), randn(3, 1, 2, 2, seed=1), torch.tensor([1, 2, 3]), torch.full((3,), 0.5)
     model = nn.Sequential(Guided())
     model.forward = model[0].forward  # wrapped
-    guided = meanflow(omega=0.5, kappa=0.75).guided(model, x_t, t, y, v)
+    guided = meanflow(omega=0.5, kappa=0.75).guided(model, x_t, t, v, y=y)
     for label, ours, plain in zip(y.tolist(), guided, v, strict=True):
         expected = plain if label == 3 else 0.5 * plain + 0.75 * label - 0.25 * 3
         torch.testing.assert_close(ours, expected)
-    assert meanflow().guided(model, x_t, t, y, v) is v
+    assert meanflow().guided(model, x_t, t, v, y=y) is v
 
 
 def test_shortcut_guidance_enters_the_shortest_steps_only():
     x_t, y, r = randn(3, 1, 2, 2), torch.tensor([1, 2, 3]), torch.zeros(3)
     for length, expected in ((1 / 64, [2 * 1 - 3, 2 * 2 - 3, 3]), (1 / 32, [10, 20, 30])):
-        target = shortcut(guidance_scale=2.0).average_velocity(Guided(), x_t, r, r + length, y, x_t, torch.arange(3))
+        target = shortcut(guidance_scale=2.0).average_velocity(
+            Guided(), x_t, r + length, x_t, torch.arange(3), y=y, r=r
+        )
         assert target[:, 0, 0, 0].tolist() == expected

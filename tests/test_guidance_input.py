@@ -132,7 +132,7 @@ def test_the_exactly_guided_average_velocity_is_its_own_target_at_every_scale(se
     x_t, r, t, y, g = exact_inputs()
     diffusion, u = meanflow(prediction=prediction, guidance_max=5.0, **settings), ExactlyGuided()
     unguided = u(x_t, 999 * t, y, g=torch.ones_like(g))  # the mean of the samples' velocities
-    target = diffusion.average_velocity(ExactlyGuided(prediction), x_t, r, t, y, unguided, torch.arange(4), {"g": g})
+    target = diffusion.average_velocity(ExactlyGuided(prediction), x_t, t, unguided, torch.arange(4), y=y, r=r, g=g)
     expected = u(x_t, 999 * t, y, r=999 * r, g=g)
     torch.testing.assert_close(target, expected, rtol=0, atol=atol)
     assert (expected - u(x_t, 999 * t, y, r=999 * r, g=torch.ones_like(g)))[1:3].abs().min() > 0.1
@@ -209,12 +209,12 @@ def test_the_derivative_along_the_path_is_that_of_finite_differences_at_a_scale(
     x_t, v, y = randn(2, 4, 8, 8).double(), randn(2, 4, 8, 8, seed=1).double(), torch.tensor([1, 5])
     r, t, step = torch.tensor([0.1, 0.4]).double(), torch.tensor([0.5, 0.8]).double(), 1e-6
     told = {"g": torch.tensor([1.5, 4.0]).double()}
-    target = diffusion.average_velocity(model, x_t, r, t, y, v, torch.arange(2), told)
+    target = diffusion.average_velocity(model, x_t, t, v, torch.arange(2), y=y, r=r, **told)
     u = diffusion.precondition(model)
     with torch.no_grad():
         along = u(x_t, t, y, **told)
         ends = [u(x_t + sign * step * along, t + sign * step, y, r=r, **told) for sign in (1, -1)]
-        guided = diffusion.guided(model, x_t, t, y, v, told)
+        guided = diffusion.guided(model, x_t, t, v, y=y, **told)
     derivative = (ends[0] - ends[1]) / (2 * step)
     torch.testing.assert_close(
         (guided - target) / 0.4, derivative, rtol=1e-4, atol=1e-4 * derivative.abs().max().item()
@@ -233,7 +233,7 @@ def test_shortcuts_guide_the_shortest_steps_by_the_scale_of_each_sample():
     x_t, y, r, g = randn(3, 1, 2, 2), torch.tensor([1, 2, 3]), torch.zeros(3), torch.tensor([2.0, 4.0, 4.0])
     for length, expected in ((1 / 64, [2 * 1 - 3, 4 * 2 - 3 * 3, 3]), (1 / 32, [10, 20, 30])):
         diffusion = shortcut(guidance_max=5.0)
-        target = diffusion.average_velocity(Guided(), x_t, r, r + length, y, x_t, torch.arange(3), {"g": g})
+        target = diffusion.average_velocity(Guided(), x_t, r + length, x_t, torch.arange(3), y=y, r=r, g=g)
         assert target[:, 0, 0, 0].tolist() == expected
 
 
