@@ -9,15 +9,7 @@ from torch import Tensor, nn
 from models.backbone import Backbone
 from models.layers import Changes, Images, Labels, Output, Scales, Times, Tokens
 from models.layers.attention import SelfAttention
-from models.layers.embedding import (
-    GuidanceEmbedding,
-    IntervalEmbedding,
-    NoGuidance,
-    NoInterval,
-    make_augment,
-    make_rotary,
-    sinusoids,
-)
+from models.layers.embedding import make_inputs, make_rotary, sinusoids
 from models.layers.initialisation import initialise_linears_
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.style import BlockStyle
@@ -91,9 +83,9 @@ class UViTTokens(Backbone):
         self.smooth = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         nn.init.trunc_normal_(absolute, std=0.02)
         initialise_linears_(self, partial(nn.init.trunc_normal_, std=0.02))
-        self.interval = IntervalEmbedding(dim) if second_time else NoInterval()
-        self.augment = make_augment(augment_dim, dim)
-        self.guidance = GuidanceEmbedding(dim) if guidance_input else NoGuidance()
+        self.interval, self.augment, self.guidance = make_inputs(
+            dim, second_time=second_time, augment_dim=augment_dim, guidance_input=guidance_input
+        )
 
     def block_types(self) -> tuple[type[nn.Module], ...]:
         return (Block,)

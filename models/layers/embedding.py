@@ -1,6 +1,7 @@
 """Embeddings of times, labels, augmentations and positions."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,15 +60,6 @@ class IntervalEmbedding(AddedEmbedding):
         return embedded + super().forward(t - t if r is None else t - r)
 
 
-class NoInterval(nn.Module):
-    """Stands for `IntervalEmbedding` in models without a second time."""
-
-    def forward(self, embedded: Float[Tensor, "b d"], t: Times, r: Times | None) -> Float[Tensor, "b d"]:
-        if r is not None:
-            raise ValueError("r: this backbone is told one time; build it with second_time=True")
-        return embedded
-
-
 class GuidanceEmbedding(AddedEmbedding):
     """Adds an embedding of the guidance scale `g` to that of the time (Meng et al. 2023); `g` is 1 by default. It is an
     embedding of `100 log g`, which lies in the range of the times."""
@@ -75,15 +67,6 @@ class GuidanceEmbedding(AddedEmbedding):
     def forward(self, embedded: Float[Tensor, "b d"], g: Scales) -> Float[Tensor, "b d"]:
         g = embedded.new_ones(len(embedded)) if g is None else g
         return embedded + super().forward(100 * g.log())
-
-
-class NoGuidance(nn.Module):
-    """Stands for `GuidanceEmbedding` in models without a guidance scale."""
-
-    def forward(self, embedded: Float[Tensor, "b d"], g: Scales) -> Float[Tensor, "b d"]:
-        if g is not None:
-            raise ValueError("g: this backbone is told no guidance scale; build it with guidance_input=True")
-        return embedded
 
 
 class AugmentEmbedding(nn.Module):
@@ -100,42 +83,48 @@ class AugmentEmbedding(nn.Module):
         return embedded + augment @ self.weight
 
 
-class NoAugment(nn.Module):
-    """Stands for `AugmentEmbedding` in models without augmentation."""
+class Untold(nn.Module):
+    """Stands for one of these embeddings in a backbone without it: adds nothing, and refuses a value."""
 
-    def forward(self, embedded: Float[Tensor, "b d"], augment: Changes) -> Float[Tensor, "b d"]:
-        if augment is not None:
-            raise ValueError("augment: this backbone is told of no changes of images; build it with augment_dim")
+    def __init__(self, problem: str) -> None:
+        super().__init__()
+        self.problem = problem
+
+    def forward(self, embedded: Float[Tensor, "b d"], *values: Tensor | None) -> Float[Tensor, "b d"]:
+        if values[-1] is not None:
+            raise ValueError(self.problem)
         return embedded
 
 
-def make_augment(augment_dim: int, dim: int) -> nn.Module:
-    """Make the embedding of augmentation vectors of this width; with width 0, one that accepts none."""
-    return AugmentEmbedding(augment_dim, dim) if augment_dim else NoAugment()
+def make_inputs(
+    dim: int,
+    std: float | None = SMALL,
+    *,
+    second_time: bool = False,
+    augment_dim: int = 0,
+    guidance_input: bool = False,
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Make the embeddings of what a backbone may be told beside the time: `r`, `augment` and `g`."""
+    no_interval = Untold("r: this backbone is told one time; build it with second_time=True")
+    no_augment = Untold("augment: this backbone is told of no changes of images; build it with augment_dim")
+    no_guidance = Untold("g: this backbone is told no guidance scale; build it with guidance_input=True")
+    interval = IntervalEmbedding(dim, std) if second_time else no_interval
+    augment = AugmentEmbedding(augment_dim, dim) if augment_dim else no_augment
+    return interval, augment, GuidanceEmbedding(dim, std) if guidance_input else no_guidance
 
 
 class Conditioning(nn.Module):
     """The conditioning vector `silu(time + label)`; modulators need no SiLU of their own.
 
     Label `num_classes` is the null label. `std` is the standard deviation of the initial weights. None keeps torch's
-    initialisation, for backbones that add the conditioning to features rather than modulate them.
+    initialisation, for backbones that add the conditioning to features rather than modulate them. `inputs` are those
+    of `make_inputs`.
     """
 
-    def __init__(
-        self,
-        num_classes: int,
-        dim: int,
-        std: float | None = SMALL,
-        *,
-        second_time: bool = False,
-        augment_dim: int = 0,
-        guidance_input: bool = False,
-    ) -> None:
+    def __init__(self, num_classes: int, dim: int, std: float | None = SMALL, **inputs: Any) -> None:
         super().__init__()
         self.time = TimeEmbedding(dim, std)
-        self.interval = IntervalEmbedding(dim, std) if second_time else NoInterval()
-        self.augment = make_augment(augment_dim, dim)
-        self.guidance = GuidanceEmbedding(dim, std) if guidance_input else NoGuidance()
+        self.interval, self.augment, self.guidance = make_inputs(dim, std, **inputs)
         self.label = nn.Embedding(num_classes + 1, dim) if num_classes else None
         if self.label is not None and std is not None:
             nn.init.normal_(self.label.weight, std=std)
