@@ -52,21 +52,16 @@ class FinalLayer(nn.Module):
 
 
 class DiT(Backbone):
-    """A plain transformer over patches of `patch_size` pixels a side.
+    """A plain transformer over patches of `patch_size` pixels a side. `qk_norm`, `norm` and `mlp` are those of
+    `BlockStyle`; `second_time`, `augment_dim` and `guidance_input` those of `Backbone`.
 
     Args:
         long_skips: concatenate the input of each block in the second half with the output of its mirror in the first
             (Bao et al. 2023); this makes the XSwin paper's UViT.
-        qk_norm: normalise queries and keys, see `BlockStyle`.
-        norm: `layer` (published) or `rms`.
-        mlp: `gelu` (published) or `swiglu`.
         positions: `absolute` (published: fixed sin-cos embeddings added to the patches), `rotary` (applied to queries
             and keys), or `both`.
         modulation: `block` (published: a linear layer in each block) or `shared` (one linear layer for all blocks and
             an offset in each, which saves a third of the parameters).
-        second_time: accept a second time `r`, see `Backbone`.
-        augment_dim: width of the keyword `augment`, see `Backbone`; 0: do not accept it.
-        guidance_input: accept a guidance scale `g`, see `Backbone`.
     """
 
     def __init__(

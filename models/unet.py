@@ -54,6 +54,7 @@ class UNet(Backbone):
     not padded to a multiple, so norms and attention see no padding.
 
     Each level is spelled as a word with a letter for each block: `R` for a residual block, `A` for one with attention.
+    `second_time`, `augment_dim` and `guidance_input` are those of `Backbone`.
 
     Args:
         channels: width of the stem, then of each level, from the finest; multiples of 8.
@@ -65,9 +66,6 @@ class UNet(Backbone):
         attention_axis: `pixels` attend to pixels, or `channels` to channels.
         upsampling: `transposed` convolution, or `nearest` neighbour followed by a convolution.
         stem_size: side of the first convolution's kernel, odd.
-        second_time: accept a second time `r`, see `Backbone`.
-        augment_dim: width of the keyword `augment`, see `Backbone`; 0: do not accept it.
-        guidance_input: accept a guidance scale `g`, see `Backbone`.
     """
 
     def __init__(

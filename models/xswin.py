@@ -132,7 +132,8 @@ class XSwin(Backbone):
 
     The input passes a convolutional stem and is split into patches. Encoder stages of Swin V2 blocks alternate with
     patch merging; global ViT blocks form the bottleneck; decoder stages alternate with patch expanding and receive the
-    encoder's skips. A second stem, which also sees the output of the first, turns patches back into pixels.
+    encoder's skips. A second stem, which also sees the output of the first, turns patches back into pixels. `qk_norm`,
+    `norm` and `mlp` are those of `BlockStyle`; `second_time`, `augment_dim` and `guidance_input` those of `Backbone`.
 
     Args:
         dim: width of the first stage and of the conditioning; each further stage doubles the width.
@@ -153,12 +154,6 @@ class XSwin(Backbone):
             (also a gate on every residual branch), `tokens` (one more token in every attention), or `none`, for dense
             prediction.
         drop_path: stochastic depth rate of the last block; rates rise linearly from 0 through encoder and decoder.
-        qk_norm: normalise queries and keys, see `BlockStyle`.
-        norm: `layer` (published) or `rms`.
-        mlp: `gelu` (published) or `swiglu`.
-        second_time: accept a second time `r`, see `Backbone`.
-        augment_dim: width of the keyword `augment`, see `Backbone`; 0: do not accept it.
-        guidance_input: accept a guidance scale `g`, see `Backbone`.
     """
 
     def __init__(
