@@ -63,7 +63,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     model = build_backbone(run, problem)
     num_images = len(images)
     num_steps = num_training_steps(config.train, num_images)
-    if run.is_main and accelerator.device.type == "cpu":
+    if run.is_main and accelerator.device.type == "cpu" and not accelerator.is_fsdp2:
         lengths = {"num_images": num_images, "num_steps": num_steps, "images_per_step": config.train.batch_size}
         print(forecast(model, spec, diffusion, accelerator, **lengths))
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles, sharded=accelerator.is_fsdp2)

@@ -267,9 +267,14 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     """Hash names and float32 values of weights, independent of their file format and precision."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        add_to_hash(digest, name, tensor)
     return digest.hexdigest()
+
+
+def add_to_hash(digest: "hashlib._Hash", name: str, weight: Tensor) -> None:
+    """Update the digest of weights whose names come in ascending order."""
+    digest.update(name.encode())
+    digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
 
 
 def _to_uint8(images: Tensor) -> Tensor:

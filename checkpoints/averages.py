@@ -100,7 +100,7 @@ def _copy_without_weights(model: nn.Module) -> nn.Module:
     """Copy a model with empty tensors in place of what its `state_dict` holds."""
     empty: dict[int, Tensor] = {}
     for tensor in model.state_dict(keep_vars=True).values():
-        nothing = tensor.detach().new_empty(0)
+        nothing = torch.empty(0, dtype=tensor.dtype)
         empty[id(tensor)] = nn.Parameter(nothing) if isinstance(tensor, nn.Parameter) else nothing
     return deepcopy(model, empty)
 

@@ -8,8 +8,8 @@ of metadata and weights, which every reader verifies. Files for resuming lie bes
 import hashlib
 import json
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from autoencoders.codec import Codec, create_codec, weights_sha256
+from autoencoders.codec import Codec, add_to_hash, create_codec, weights_sha256
 from checkpoints.hub import ASSET, EMBEDDED, is_checkpoint_name, resolve_to_file
 from data.latents import abbreviate
 from data.layout import join_abridged
@@ -34,7 +34,8 @@ from experiment.mappings import from_dict
 from experiment.run_config import RunConfig
 from machine.accelerator import from_main
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
-from machine.sharding import shard_like
+from machine.sharded_building import weights_of
+from machine.sharding import full_tensor, shard_like
 from models import ModelSpec
 
 WEIGHTS = "ema.safetensors"
@@ -91,7 +92,7 @@ class Checkpoint:
         """Build the backbone and load its averaged weights, in eval mode, frozen and on `device`."""
         with torch.random.fork_rng(devices=[]):  # loading must not advance the global random state
             model = self.spec.build()
-        load_weights(model.state_dict(), read_tensors(self.path), self.path)
+        load_weights(model.state_dict(), self.path)
         return model.eval().requires_grad_(False).to(device)
 
     def build_diffusion(self) -> Diffusion:
@@ -176,25 +177,28 @@ def warm_start(
     Weights are matched by name and shape, and rows of label embeddings by class name. Raises CheckpointError if none
     fits or, for a `whole` model, if one is missing, except for label embeddings.
     """
-    file, state = find_weights(path, accelerator), model.state_dict()
-    weights, metadata = read_tensors(file), read_metadata(file)
+    file, state = find_weights(path, accelerator), weights_of(model)
+    weights, metadata = read_shapes(file), read_metadata(file)
     known = json.loads(metadata.get("classes", "[]"))
     classes_differ = bool(classes and known) and list(classes) != known
-    for name in (name for name in weights if classes_differ and name.endswith(LABELS) and name in state):
-        if (len(state[name]), len(weights[name])) == (len(classes) + 1, len(known) + 1):
-            weights[name] = map_label_rows(state[name].cpu(), list(classes), weights[name], known)
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    matching = {name: tensor for name, tensor in weights.items() if shapes.get(name) == tensor.shape}
+    labels = {name for name in weights.keys() & shapes.keys() if classes_differ and name.endswith(LABELS)}
+    labels = {name for name in labels if (shapes[name][0], weights[name][0]) == (len(classes) + 1, len(known) + 1)}
+    matching = {name for name, shape in weights.items() if name in labels or shapes.get(name) == shape}
     if not matching:
         raise CheckpointError(f"--init_from {path}: no weight of it has the name and shape of one of this model")
-    if whole and (missing := sorted(name for name in shapes.keys() - matching.keys() if not name.endswith(LABELS))):
+    if whole and (missing := sorted(name for name in shapes.keys() - matching if not name.endswith(LABELS))):
         raise CheckpointError(
             f"--train.adapter: --init_from {path} has no {join_abridged(missing)} of this shape, which would stay "
             "random; take the --model and --model_args that it was trained with, or leave the adapter out"
         )
-    model.load_state_dict(matching, strict=False)
+    for name, tensor in iterate_tensors(file):
+        if name in labels:
+            tensor = map_label_rows(full_tensor(state[name]).cpu(), list(classes), tensor, known)
+        if name in matching:
+            state[name].copy_(shard_like(tensor, state[name]))
     left_out = {
-        "of another shape": weights.keys() & shapes.keys() - matching.keys(),
+        "of another shape": weights.keys() & shapes.keys() - matching,
         "not in this model": weights.keys() - shapes.keys(),
         "not in the checkpoint": shapes.keys() - weights.keys(),
     }
@@ -306,15 +310,36 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read and verify the tensors of a safetensors file."""
-    expected = read_metadata(path).get("weights_sha256")
+    return dict(iterate_tensors(path))
+
+
+def read_shapes(path: Path) -> dict[str, torch.Size]:
+    """Read the shapes of the tensors of a safetensors file."""
+    with _opened(path) as file:
+        return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors of a safetensors file one at a time, so that only what is kept of them takes memory. Verify them
+    at the end."""
+    expected, digest = read_metadata(path).get("weights_sha256"), hashlib.sha256()
+    with _opened(path) as file:
+        for name in sorted(file.keys()):
+            tensor = file.get_tensor(name)
+            if expected is not None:
+                add_to_hash(digest, name, tensor)
+            yield name, tensor
+    if expected is not None and digest.hexdigest() != expected:
+        raise CheckpointError(f"--checkpoint {path}: its weights have another checksum; give another copy of it")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: cut short or missing ({error})") from error
-    if expected is not None and weights_sha256(tensors) != expected:
-        raise CheckpointError(f"--checkpoint {path}: its weights have another checksum; give another copy of it")
-    return tensors
 
 
 def _sha256(metadata: Mapping[str, str]) -> str:
@@ -323,16 +348,17 @@ def _sha256(metadata: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
-def load_weights(tensors: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> None:
-    """Copy weights in place into the tensors, or shards, of a model or an average of the same names and shapes."""
-    ours, theirs = ({name: tuple(tensor.shape) for name, tensor in named.items()} for named in (tensors, weights))
+def load_weights(tensors: dict[str, Tensor], path: Path) -> None:
+    """Copy the tensors of a file in place into those, or the shards, of a model or an average of the same names and
+    shapes."""
+    ours, theirs = {name: tensor.shape for name, tensor in tensors.items()}, read_shapes(path)
     if mismatched := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         raise CheckpointError(
             f"{path} is of another model: {len(mismatched)} tensors do not fit, such as {', '.join(mismatched[:3])}"
         )
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(shard_like(weights[name], tensor))
+        for name, tensor in iterate_tensors(path):
+            tensors[name].copy_(shard_like(tensor, tensors[name]))
 
 
 def current_commit() -> str:

@@ -7,7 +7,7 @@ Nothing is pickled.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from checkpoints.averages import EMA
-from checkpoints.checkpoint import WEIGHTS, load_weights, read_tensors, save_tensors
+from checkpoints.checkpoint import WEIGHTS, iterate_tensors, load_weights, save_tensors
 from machine.atomic_files import atomic_path
 from machine.checkpoint_folder import checkpoint_path, paths_by_step, write_checkpoint
 from machine.sharding import gather, shard_like
@@ -100,9 +100,9 @@ def resume(checkpoint: Path, training: TrainingState) -> dict[str, Any]:
     """Load a checkpoint into a training, and return its progress."""
     training.ema.free_whole_model()
     for file, tensors in training.modules().items():
-        load_weights(tensors, read_tensors(checkpoint / file), checkpoint)
+        load_weights(tensors, checkpoint / file)
     for name, optimizer in training.optimizers.items():
-        load_optimizer(optimizer, read_tensors(checkpoint / _state_file(name)))
+        load_optimizer(optimizer, iterate_tensors(checkpoint / _state_file(name)))
     progress = json.loads((checkpoint / "state" / "progress.json").read_text())
     # Older checkpoints have the states of guards under other keys, and lack some keys.
     guards = progress.pop("guards", {"model": progress.pop("guard")} if "guard" in progress else {})
@@ -119,12 +119,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {f"{numbers[index]}.{key}": value for index, entry in state.items() for key, value in entry.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Load what `optimizer_tensors` returned, sharded as the parameters are."""
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Load the items of what `optimizer_tensors` returned, sharded as the parameters are."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index_of = {number: index for index, number in enumerate(_parameter_numbers(optimizer))}
     state: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         number, key = name.split(".", 1)
         index = index_of[int(number)]
         like = parameters[index]

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import yaml
 from safetensors import safe_open
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,12 @@ TINY = {
 }
 PIXELS = {**TINY, "autoencoder": "pixel", "data": {**TINY["data"], "image_size": 16}}  # saves loading an autoencoder
 PIXELS |= {"model_args": {**TINY["model_args"], "patch_size": 4}}
+
+SHARDED = {"processes": 2, "ACCELERATE_USE_FSDP": "true"}  # as configs/accelerate/fsdp2.yaml has it
+SHARDED |= {
+    key.upper(): str(value)
+    for key, value in yaml.safe_load((ROOT / "configs/accelerate/fsdp2.yaml").read_text())["fsdp_config"].items()
+}
 
 IN_FILES = f"""
 import runpy

@@ -114,7 +114,7 @@ def test_only_matrices_decay_and_the_order_of_parameters_does_not_depend_on_deca
         assert kept
         assert all(tensor.shape == parameter.shape for tensor in kept)
     fresh = build_optimizer(model, OptimConfig(muon_lr=muon_lr, lr=1e-9, weight_decay=1e6))
-    load_optimizer(fresh, tensors)
+    load_optimizer(fresh, tensors.items())
     for name, tensor in optimizer_tensors(fresh).items():
         assert torch.equal(tensor, tensors[name])
 

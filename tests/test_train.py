@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from processes import IN_FILES, ROOT, TINY, assert_same_training, log, run, unmeasured, weights
+from processes import IN_FILES, ROOT, SHARDED, TINY, assert_same_training, log, run, unmeasured, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_alignment import edges
 
@@ -141,9 +141,7 @@ def test_two_processes_and_micro_batches_equal_one(folder, model, objective):
 
 def test_a_sharded_training_equals_one_process_and_resumes_anywhere(folder):
     """FSDP2 as in configs/accelerate/fsdp2.yaml: two processes with a part of the model each, and recomputed blocks."""
-    launcher = yaml.safe_load((ROOT / "configs" / "accelerate" / "fsdp2.yaml").read_text())
-    fsdp = {key.upper(): str(value) for key, value in launcher["fsdp_config"].items()}
-    sharded = {"cwd": folder, "processes": 2, "ACCELERATE_USE_FSDP": "true", **fsdp}
+    sharded = {"cwd": folder, **SHARDED}
     small = {**EQUAL["XSwin"], "depths": [1], "num_heads": [2]}  # torch plans its work on shards per parameter
     settings = {**TINY, "model_args": small, "train": {**TINY["train"], "ema_profiles": [0.1]}}
     settings["alignment"] = {"extractor": edges(folder / "edges.pt"), "weight": 0.02}

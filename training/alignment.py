@@ -1,6 +1,7 @@
 """Representation alignment (REPA): hidden states of a backbone learn to resemble the features of a frozen network."""
 
 import math
+from copy import deepcopy
 from itertools import pairwise
 from typing import Any
 
@@ -106,10 +107,14 @@ def open_alignment(
 def _block_at(backbone: Backbone, depth: float) -> tuple[nn.Module, int, tuple[int, int]]:
     """Find the block at a relative depth, the width of its hidden states, and the height and width of their grid, by
     running the backbone up to this depth."""
-    called: list[nn.Module] = []
-    blocks = backbone.repeated_blocks()
-    handles = [block.register_forward_hook(lambda block, *_: called.append(block)) for block in blocks]
-    device, was_training = next(backbone.parameters()).device, backbone.training
+    device, was_training, own_blocks = next(backbone.parameters()).device, backbone.training, backbone.repeated_blocks()
+    if device.type == "meta":  # it will be sharded
+        backbone = deepcopy(backbone).to(device)
+    called: list[int] = []
+    handles = [
+        block.register_forward_hook(lambda *_, number=number: called.append(number))
+        for number, block in enumerate(backbone.repeated_blocks())
+    ]
     x_t, t = torch.zeros(1, backbone.in_channels, *backbone.input_size, device=device), torch.zeros(1, device=device)
     with torch.random.fork_rng(devices=[]):
         (tokens,) = backbone.eval().features(x_t, t, torch.zeros(1, dtype=torch.int64, device=device), [depth])
@@ -118,4 +123,4 @@ def _block_at(backbone: Backbone, depth: float) -> tuple[nn.Module, int, tuple[i
         handle.remove()
     height, width = backbone.input_size
     grids = ((-(-height // reduction), -(-width // reduction)) for reduction in range(1, height + 1))
-    return called[-1], tokens.shape[2], next(grid for grid in grids if math.prod(grid) == tokens.shape[1])
+    return own_blocks[called[-1]], tokens.shape[2], next(grid for grid in grids if math.prod(grid) == tokens.shape[1])

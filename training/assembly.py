@@ -3,7 +3,10 @@
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from autoencoders.codec import Codec, create_codec
 from checkpoints.checkpoint import warm_start
@@ -12,6 +15,7 @@ from data.latents import LatentCache
 from diffusion import Diffusion
 from experiment.build import build_diffusion, model_spec, open_cache, open_split
 from experiment.config import ExperimentConfig
+from machine.sharded_building import FreedWeightError, build_in_shards, place_shards, weights_of
 from models import ModelSpec
 from models.backbone import Backbone
 from training.adapters import adapt
@@ -46,10 +50,10 @@ def open_problem(run: Run[ExperimentConfig]) -> Problem:
 
 
 def build_backbone(run: Run[ExperimentConfig], problem: Problem) -> Backbone:
-    """Create the backbone on the device or, if it is to be sharded, in main memory, from where FSDP moves it block by
-    block. A new run with `init_from` starts from those weights."""
+    """Create the backbone on the device or, if it is to be sharded, this process's shards of it. A new run with
+    `init_from` starts from those weights."""
     config, accelerator = run.config, run.accelerator
-    model = share_batch_norms(problem.spec.build(), accelerator)
+    model = share_batch_norms(_shards_of(problem.spec, accelerator) or problem.spec.build(), accelerator)
     if not accelerator.is_fsdp2:
         model = model.to(accelerator.device)
     if config.init_from and run.checkpoint is None:
@@ -65,6 +69,19 @@ def build_backbone(run: Run[ExperimentConfig], problem: Problem) -> Backbone:
         )
         accelerator.print(message)
     return model
+
+
+def _shards_of(spec: ModelSpec, accelerator: Accelerator) -> Backbone | None:
+    """Build the backbone in shards, if FSDP is to divide it among all processes."""
+    if not accelerator.is_fsdp2 or accelerator.torch_device_mesh is not None:
+        return None
+    random_state = torch.get_rng_state()
+    try:
+        return build_in_shards(spec.build, init_device_mesh(accelerator.device.type, (accelerator.num_processes,)))
+    except FreedWeightError as error:
+        torch.set_rng_state(random_state)
+        accelerator.print(f"--model {spec.name} is first built whole, in the main memory of each process ({error})")
+        return None
 
 
 def build_objective(
@@ -100,5 +117,7 @@ def prepare(run: Run[ExperimentConfig], model: Backbone, objective: Objective) -
     if config.train.compile:
         compile_blocks(model)
     join_casts(model, config.train, accelerator)
+    weights = weights_of(model)
     prepared, optimizers["optimizer"] = accelerator.prepare(model, optimizers["optimizer"])
+    place_shards(prepared, weights)
     return prepared, optimizers
