@@ -129,6 +129,8 @@ def steps(sizes: Sizes, compare: Path | None, *, tiny: bool) -> Iterator[tuple[s
                 yield f"speed published {mode}", partial(speed_of, *case, mode=mode, sizes=sizes, checkout=compare)
         yield f"profile {case[0]}", partial(profile_of, *case)
     yield "resume", partial(killed_and_resumed, sizes.training, sizes.trained)
+    if not tiny:  # Accelerate shards on accelerators only
+        yield "sharded", partial(sharded, sizes.training)
     yield "sampling", partial(sampling, *cases[0], num_steps=sizes.num_steps)
     yield "scores", partial(scores, *sizes.features)
     yield "encoding", partial(encoding, sizes.encoded, sizes.threads)
@@ -184,11 +186,16 @@ def numbers(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
         set_sync_debug_mode("default")
     synchronisations = [warning for warning in caught if "synchroniz" in str(warning.message)]
     lines = Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in synchronisations)
-    return {"losses": losses["fp32"], "bf16 off by": round(gap, 6), "waits": lines}
+    waits = {"waits": lines} if torch.cuda.is_available() else {}
+    return {"losses": losses["fp32"], "bf16 off by": round(gap, 6), **waits}
 
 
 def attention(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
-    """Count the attention kernels of a forward pass, by kernel and shape of the queries."""
+    """Count the attention kernels of a forward pass, by kernel and shape of the queries, and compare windows in shared
+    tiles with separate ones. On a GPU all kernels must be fused."""
+    import torch
+
+    from models.layers import launches
     from training import speed
 
     model, (x_0, y) = speed.backbone(name, side, **args).eval(), speed.latents(batch, side)
@@ -197,7 +204,20 @@ def attention(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
     for event in profile.key_averages(group_by_input_shape=True):
         if event.key.startswith("aten::_scaled_dot_product"):
             kernels[f"{event.key.removeprefix('aten::_scaled_dot_product_')} {event.input_shapes[0]}"] += event.count
-    return {"kernels": kernels}
+    if torch.cuda.is_available() and (not kernels or any("math" in kernel for kernel in kernels)):
+        raise ValueError(f"attention is not fused: {dict(kernels) or 'none of its kernels is known'}")
+    for parameter in model.parameters():
+        if not parameter.any():  # layers that are zero at first hide those before them
+            torch.nn.init.normal_(parameter, std=0.1)
+    usual, outputs = launches.AT_ONCE, []
+    for launches.AT_ONCE in ({x_0.device.type}, set[str]()):
+        with torch.no_grad():
+            outputs.append(model(x_0, y.float(), y))
+    launches.AT_ONCE = usual
+    gap = ((outputs[0] - outputs[1]).norm() / outputs[1].norm().clamp(min=1e-9)).item()
+    if gap > 1e-3:
+        raise ValueError(f"windows in shared tiles are {gap:.1e} off separate ones, in float32")
+    return {"kernels": kernels, "shared tiles off by": gap}
 
 
 def speed_of(
@@ -243,6 +263,8 @@ def profile_of(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
     busy = sum(times.values()) / 1e6 / (batch / row["img/s"])
     longest = dict(sorted(times.items(), key=lambda item: item[1], reverse=True)[:10])
     num_launches = sum(event.count for event in events)
+    if not on_gpu:
+        return {"operators": num_launches, "longest, microseconds": longest}
     return {"launches": num_launches, "busy": round(busy, 3), "longest, microseconds": longest}
 
 
@@ -270,6 +292,29 @@ def killed_and_resumed(training: tuple[str, ...], num_steps: int) -> dict[str, A
         resumed, expected = (load_file(path / f"{num_steps:08d}/ema.safetensors") for path in (killed, straight))
     gap = max((resumed[name].double() - expected[name].double()).abs().max().item() for name in expected)
     return {"killed after": int(saved), "largest difference": gap}
+
+
+def sharded(training: tuple[str, ...]) -> dict[str, Any]:
+    """Compare the losses of a training under FSDP, on one GPU, with those of one without it."""
+    root = Path(__file__).resolve().parent.parent
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--config_file"]
+    launcher.append(str(root / "configs/accelerate/fsdp2.yaml"))
+    losses = {}
+    with tempfile.TemporaryDirectory() as folder:
+        flags = [*training, "--train.num_steps", "4", "--log.every", "1", "--train.precision", "fp32", "--name"]
+        for name, command in (("plain", TRAIN), ("sharded", [*launcher, TRAIN[1]])):
+            process = children.start_process([*command, *flags, name], cwd=folder, stdout=subprocess.PIPE, text=True)
+            output = process.communicate()[0]
+            if process.returncode:
+                raise RuntimeError(f"{name} training failed: run train.py by itself")
+            if name == "sharded" and "each with a part of the model" not in output:
+                raise RuntimeError("nothing was sharded")
+            lines = (Path(folder, "runs", name) / "log.jsonl").read_text().splitlines()
+            losses[name] = [event["loss"] for event in map(json.loads, lines) if "loss" in event]
+    gap = max(abs(one / other - 1) for one, other in zip(*losses.values(), strict=True))
+    if gap > 1e-3:
+        raise ValueError(f"losses differ by {gap:.1e}: {losses}")
+    return {"losses off by": gap, "losses": losses["sharded"]}
 
 
 def sampling(name: str, side: int, batch: int, args: Args, *, num_steps: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run, script
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from training import speed
 
@@ -32,6 +33,24 @@ def test_a_folder_that_is_not_a_checkout_is_refused_before_anything_is_measured(
     for measure in (benchmark.training, benchmark.sampling, benchmark.epoch):
         with pytest.raises(FileNotFoundError, match="--compare nowhere: no models/ package there"):
             measure(compare=Path("nowhere"))
+
+
+def test_on_a_gpu_ten_calls_share_a_synchronisation_and_the_peak_is_of_large_matrices(monkeypatch):
+    """What a GPU has to do in the meantime takes much longer than the launches."""
+    done = []
+    monkeypatch.setattr(speed, "benchmark_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(speed, "memory_gb", lambda device: 0.0)
+    for name in ("reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, partial(done.append, name))
+    speed.time_interleaved([({}, lambda: done.append("step"))], 2, 4)
+    assert done == ["reset_peak_memory_stats", *["step"] * 10, "synchronize"] * 3
+
+    products = []
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: products.append((a.shape, a.device.type)))
+    monkeypatch.setattr(speed, "throughput", lambda multiply, batch_size, **_: multiply() or float(batch_size))
+    with FakeTensorMode():
+        assert speed.matrix_peak.__wrapped__("bf16") == (2 * 8192**3 * 10, 8192)
+    assert products == [((8192, 8192), "cuda")] * 10
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux forgets the most memory that was held")

@@ -42,6 +42,7 @@ def test_accelerate_reads_every_launcher(path):
     config = load_config_from_file(str(path))
     assert config.num_processes == {"eight_gpus": 8, "two_nodes": 16, "fsdp2": 8}[path.stem]
     assert config.mixed_precision == "no"  # train.precision decides
+    assert config.main_process_port == (29500 if config.num_machines > 1 else 0)  # 0: a free one
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")

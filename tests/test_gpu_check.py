@@ -19,6 +19,7 @@ def test_every_step_leaves_a_line(tmp_path):
         assert found[f"numbers {name}"]["bf16 off by"] < 0.02
         assert 0 < found[f"speed {name} eager"]["MFU"] < 1
         assert len(found[f"profile {name}"]["longest, microseconds"]) == 10
+        assert found[f"attention {name}"]["shared tiles off by"] < 1e-4
     assert found["resume"]["killed after"] >= 2
     assert found["resume"]["largest difference"] == 0
     assert len(found["scores"]["scores"]) == 6

@@ -93,9 +93,9 @@ def test_a_signal_interrupts_validation_and_samples_which_a_resumed_run_makes_up
     [
         ([*ACCELERATE, "1"], signal.SIGUSR2),
         ([*ACCELERATE, "2"], signal.SIGUSR1),
-        ([*TORCHRUN, "1"], signal.SIGTERM),
+        ([*TORCHRUN, "2"], signal.SIGTERM),
     ],
-    ids=["accelerate, one process", "accelerate, two", "torchrun"],
+    ids=["accelerate, one process", "accelerate, two", "torchrun, two"],
 )
 def test_a_signalled_launchers_training_saves_and_says_that_it_stopped(tmp_path, launcher, number):
     process = begun(tmp_path, *launcher, *TRAINING, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

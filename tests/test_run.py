@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -199,6 +200,30 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_the_next_step(train
     with pytest.raises(OSError, match="checkpoint X could not be written"):
         train(norm_of)
     assert steps == [0, 1, 2]
+
+
+listed: list[int] = []  # steps in which a folder was listed
+step_now: list[int] = []  # the step, while one is watched
+
+
+def watch(event, arguments):
+    if event in ("os.listdir", "os.scandir") and step_now:
+        listed.append(step_now[0])
+
+
+def test_no_folder_is_listed_between_steps_that_save_nothing(train):
+    """On the disk of a cluster that would take milliseconds at each step."""
+    sys.addaudithook(watch)
+
+    def norm_of(run, step):
+        step_now[:] = [step]
+        return 1.0
+
+    try:
+        train(norm_of, checkpoint_every=3, keep_every=0)
+    finally:
+        step_now.clear()
+    assert set(listed) == {2, 5}  # after which it saves
 
 
 @pytest.mark.parametrize("ends", ["diverges", "stopped", "killed"])
