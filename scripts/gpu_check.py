@@ -7,6 +7,7 @@ python scripts/gpu_check.py --tiny true                           (the same chec
 """
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -77,6 +78,7 @@ class CheckConfig:
 
 def main(config: CheckConfig) -> None:
     """Run the checks; the exit status is 1 if one fails."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported: its profiler writes to stderr
     import torch
 
     from training.speed import benchmark_device
