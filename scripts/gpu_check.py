@@ -305,7 +305,8 @@ def sharded(training: tuple[str, ...]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         flags = [*training, "--train.num_steps", "4", "--log.every", "1", "--train.precision", "fp32", "--name"]
         for name, command in (("plain", TRAIN), ("sharded", [*launcher, TRAIN[1]])):
-            process = children.start_process([*command, *flags, name], cwd=folder, stdout=subprocess.PIPE, text=True)
+            pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+            process = children.start_process([*command, *flags, name], cwd=folder, **pipes)
             output = process.communicate()[0]
             if process.returncode:
                 raise RuntimeError(f"{name} training failed: run train.py by itself")
