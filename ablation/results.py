@@ -5,6 +5,7 @@ comparisons.
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -216,11 +217,11 @@ def read_results(folder: Path) -> Results:
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95% interval by Student's t; a single value has no interval (0)."""
+    """Mean, and half the width of its 95% interval by Student's t; of a single value that is unknown (nan)."""
     from scipy import stats
 
     if len(values) < 2:
-        return fmean(values), 0.0
+        return fmean(values), math.nan
     return fmean(values), float(stats.t.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
 
 

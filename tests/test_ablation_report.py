@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from statistics import fmean, stdev
@@ -17,7 +18,7 @@ from scipy import stats
 from ablation.figures import _panels_by_setting
 from ablation.pictures import Pictures, read_pictures, save_side_by_side, side_by_side
 from ablation.report import format_facts, format_findings, format_notes, write_report
-from ablation.results import holm, read_results
+from ablation.results import holm, mean_and_interval, read_results
 from ablation.tables import as_markdown, as_tex, check_columns, cross_tabulate, header_cells, variant_cells
 from evaluation.plots import color, legend_columns, make_figure, marker
 from evaluation.table import markdown, terminal
@@ -274,6 +275,7 @@ def test_a_number_in_the_grid_is_drawn_with_intervals_over_seeds(ablation):
         mean, segment = drawn[point["data.train_fraction"]]
         test = stats.ttest_1samp(values, 0).confidence_interval(0.95)
         assert [mean, *segment[:, 1]] == pytest.approx([fmean(values), test.low, test.high])
+    assert mean_and_interval([2.0]) == pytest.approx((2.0, math.nan), nan_ok=True)  # one seed draws no bar
 
 
 def test_memorisation_is_a_column_of_the_table(ablation):
