@@ -28,6 +28,7 @@ for name in FAMILIES:
     after = torch.rand(1)
     model = build_in_shards(lambda: small(name), mesh)
     assert torch.equal(torch.rand(1), after), "as many random numbers are drawn"
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # as on several GPUs
     assert all(parameter.is_meta for parameter in model.parameters())
     for key, shard in weights_of(model).items():
         expected = whole.state_dict()[key]
@@ -102,19 +103,40 @@ def test_no_process_ever_holds_the_whole_model(tmp_path):
 MODELS = {
     "XSwin": {**TINY["model_args"], "depths": [1], "num_heads": [2], "drop_path": 0.0},
     "DiT": {"dim": 16, "depth": 2, "num_heads": 2},
+    "Halved": {},
 }
+OUTSIDE = """
+import torch
+from torch import nn
+from experiment.registry import register
+
+@register("backbone", "Halved")
+class Halved(nn.Module):
+    def __init__(self, *, input_size, in_channels, out_channels, num_classes):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(in_channels, 8, 3, padding=1), nn.Conv2d(8, out_channels, 1)
+        with torch.no_grad():
+            self.first.weight.div_(2)  # which it has left
+
+    def forward(self, x_t, t, y):
+        return self.last(self.first(x_t))
+"""
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_a_sharded_training_begins_with_the_same_weights(tmp_path, model):
-    """Random ones, and those of another run. A learning rate of 1e-30 moves no weight that is not zero."""
+    """Random ones, and those of another run; also if it must be built whole. A learning rate of 1e-30 moves no weight
+    that is not zero."""
+    (tmp_path / "halved.py").write_text(OUTSIDE)
     settings = {**TINY, "model": model, "model_args": MODELS[model], "sampling": {"num_steps": 1}}
+    settings["imports"] = ["halved.py"]
     settings["log"] = {"every": 1, "validate_every": 0, "sample_every": 0, "trackers": []}
     settings["optim"], settings["train"] = {"lr": 1e-30}, {**TINY["train"], "num_steps": 1}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump(settings))
     sharded, flags = {"cwd": tmp_path, **SHARDED}, ("--config", "one.yaml", "--name")
     run("train.py", *flags, "whole", cwd=tmp_path)
-    run("tests/fsdp_on_cpus.py", ROOT / "train.py", *flags, "parts", **sharded)
+    done = run("tests/fsdp_on_cpus.py", ROOT / "train.py", *flags, "parts", **sharded)
+    assert ("is first built whole" in done.stdout) == (model == "Halved")
     moved = ("--train.seed", 1, "--optim.lr", 1e-3)
     run("train.py", *flags, "other", *moved, cwd=tmp_path)
     started = ("--init_from", "runs/other", "--name", "started")

@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from autoencoders.codec import Codec, create_codec
 from checkpoints.checkpoint import warm_start
@@ -117,7 +118,9 @@ def prepare(run: Run[ExperimentConfig], model: Backbone, objective: Objective) -
     if config.train.compile:
         compile_blocks(model)
     join_casts(model, config.train, accelerator)
-    weights = weights_of(model)
+    weights, fsdp = weights_of(model), getattr(accelerator.state, "fsdp_plugin", None)
+    if fsdp is not None and isinstance(fsdp.cpu_offload, CPUOffloadPolicy):  # as FSDP then has them
+        weights = {name: weight.cpu() for name, weight in weights.items()}
     prepared, optimizers["optimizer"] = accelerator.prepare(model, optimizers["optimizer"])
     place_shards(prepared, weights)
     return prepared, optimizers
