@@ -23,6 +23,7 @@ from experiment.mappings import flatten
 from settings import reads
 
 IGNORED = ("name", "resume", "log.", "data.cache")  # settings that do not affect results
+OWN = '<div class="cards">'  # by which a gallery of before is told from other pages
 CAPTIONS = {"loss": "Training loss.", "validation_loss": "Loss on held-out images, of the averaged weights."}
 
 
@@ -79,7 +80,8 @@ def main(config: GalleryConfig) -> None:
     table = [[cell(value) for value in row] for row in rows]
     path = config.output or folder / "gallery.html"
     page = render_page("gallery.html", title=title, head=head, rows=table, panels=curves(runs), runs=cards)
-    write_atomic(path, page, keep=config.output is not None)
+    is_other = path.is_file() and OWN not in path.read_text(errors="replace")
+    write_atomic(path, page, keep=is_other)
     print(f"{len(runs)} runs: {path}")
 
 

@@ -122,6 +122,10 @@ def test_a_page_of_somebody_else_is_kept(runs, tmp_path):
     GALLERY.main(GALLERY.GalleryConfig(runs, tmp_path / "index.html"))
     (kept,) = tmp_path.glob("index.html.before-*")
     assert kept.read_text() == "my site"
+    (runs / "young" / "config.yaml").write_text("model: UViT\n")
+    GALLERY.main(GALLERY.GalleryConfig(runs, tmp_path / "index.html"))  # a gallery is replaced
+    (runs / "young" / "config.yaml").write_text("model: XSwin\n")
+    assert [*tmp_path.glob("index.html.before-*")] == [kept]
 
 
 def test_the_gallery_shows_the_newest_of_grids_and_samples(tmp_path):
