@@ -3,10 +3,9 @@
 import re
 from collections.abc import Mapping
 
-from diffusers import AutoencoderTiny
 from torch import Tensor
 
-from autoencoders.pooled import PooledTinyAutoencoder
+from autoencoders.pooled import AutoencoderTiny, PooledTinyAutoencoder
 from autoencoders.pretrained import AutoencoderError
 
 

@@ -17,6 +17,7 @@ from autoencoders.tiny import PooledTinyAutoencoder, from_published
 from conversion.diffusers_pipeline import write_folder
 from diffusion import GaussianDiffusion
 from experiment.build import open_split
+from experiment.cli import parse
 from experiment.config import DataConfig, SamplingConfig
 
 SCRIPT = script("scripts/import_checkpoint.py")
@@ -42,7 +43,7 @@ def test_a_pair_of_files_becomes_an_autoencoder_of_normalised_latents(channels, 
         torch.save(weights, tmp_path / name)
     asked = ["--source", "tiny", "--weights", str(tmp_path / "encoder.pth"), str(tmp_path / "decoder.pth")]
     asked += ["--output", str(tmp_path / "out"), "--data.num_images", "40", "--data.image_size", "32"]
-    SCRIPT.main(SCRIPT.parse(SCRIPT.ImportConfig, SCRIPT.as_list(asked)))
+    SCRIPT.main(parse(SCRIPT.ImportConfig, SCRIPT.as_list(asked)))
     codec = create_codec(str(tmp_path / "out"))
     assert codec.latent_shape(32, 32) == (channels, 4, 4)
     images = torch.stack([image for image, _ in open_split(DataConfig(num_images=40, image_size=32), "train")])

@@ -36,6 +36,18 @@ def test_pictures_that_cannot_be_drawn_are_reported(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("warning: loss.png is left out: ")
 
 
+def test_scores_of_a_training_have_panels_beside_the_loss(tmp_path):
+    events = [{"step": step, "loss": 1 / step, "lr": 0.1, "images_per_second": 3.0} for step in (1, 2, 3)]
+    widths = []
+    for scores in ({}, {"frechet_distance[x]": 9.0, "frechet_distance[x], halves": 8.0, "precision": 0.5}):
+        lines = [{**event, **(scores if event["step"] > 1 else {})} for event in events]
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        draw_curve(tmp_path)
+        with Image.open(tmp_path / "loss.png") as picture:
+            widths.append(picture.width)
+    assert widths == [900, 1800]
+
+
 def test_ticks_of_a_loss_that_hardly_falls_are_told_apart():
     axes = Figure().subplots()
     axes.plot([0, 1], [0.391, 0.295])

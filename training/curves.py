@@ -20,15 +20,21 @@ def errors_as_warnings(what: object) -> Iterator[None]:
 
 @errors_as_warnings("loss.png")
 def draw_curve(run: Path) -> None:
-    """Plot training and validation loss over the steps as `loss.png`."""
+    """Plot training and validation loss over the steps as `loss.png`, and a panel for each score that was measured
+    during the training."""
     from matplotlib.figure import Figure
 
+    from metrics.scores import column_title, is_lower_better
+
     events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    figure = Figure(figsize=(6, 3.5))
-    axes = figure.add_axes((0.16, 0.14, 0.81, 0.77))  # fixed, as an automatic layout would double the time
+    names = dict.fromkeys(name for event in events for name in event if "halves" not in name)
+    scores = [name for name in names if not name.startswith("validation_") and is_lower_better(name) is not None]
+    width = 6 + 3 * len(scores)
+    figure = Figure(figsize=(width, 3.5))
+    axes = figure.add_axes((0.96 / width, 0.14, 4.86 / width, 0.77))  # fixed: a layout would double the time
     lowest = 1.0
     for name, label in (("loss", "training"), ("validation_loss", "held-out images, averaged weights")):
-        points = [(event["step"], event[name]) for event in events if name in event]
+        points = _points(events, name)
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="o" if len(points) < 20 else "")
             lowest = min(lowest, *(loss for _, loss in points))
@@ -40,7 +46,17 @@ def draw_curve(run: Path) -> None:
     if axes.lines:
         axes.legend(frameon=False)
     axes.grid(alpha=0.3)
+    for number, score in enumerate(scores):
+        panel = figure.add_axes(((6.6 + 3 * number) / width, 0.14, 2.2 / width, 0.77))
+        panel.plot(*zip(*_points(events, score), strict=True), linewidth=1, marker="o", markersize=3)
+        panel.set(xlabel="step")
+        panel.set_title(column_title(score), y=1.0, fontsize=8, parse_math=False)
+        panel.grid(alpha=0.3)
     figure.savefig(run / "loss.png", dpi=150)
+
+
+def _points(events: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(event["step"], event[name]) for event in events if name in event]
 
 
 def label_by_numbers(axis: Any) -> None:
