@@ -11,6 +11,7 @@ from autoencoders.codec import AutoencoderError, create_codec
 from autoencoders.ldm import from_ldm, read_statistics
 from conversion import public_files
 from experiment.build import open_split
+from experiment.cli import parse
 from experiment.config import DataConfig
 
 SCRIPT = script("scripts/import_checkpoint.py")
@@ -154,7 +155,7 @@ def test_it_encodes_and_decodes_as_the_published_layers_do(quant):
 
 
 def imported(*arguments):
-    SCRIPT.main(SCRIPT.parse(SCRIPT.ImportConfig, SCRIPT.as_list([*map(str, arguments)])))
+    SCRIPT.main(parse(SCRIPT.ImportConfig, SCRIPT.as_list([*map(str, arguments)])))
 
 
 def test_the_command_normalises_by_published_statistics_or_by_images(tmp_path, monkeypatch):
