@@ -27,6 +27,7 @@ def test_every_step_leaves_a_line(tmp_path):
 
 def test_a_step_that_fails_or_takes_too_long_says_so_and_the_next_one_begins(tmp_path):
     asked = ("--only", "[speed published, scores]", "--compare", "nowhere")
+    (tmp_path / "nowhere").mkdir()  # and nothing in it
     status, found = lines(*asked, cwd=tmp_path, check=False)
     assert status == 1
     assert found["speed published bf16"]["error"].startswith("FileNotFoundError: --compare nowhere")
