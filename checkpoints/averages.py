@@ -1,8 +1,9 @@
 """Moving averages of a model's parameters and buffers, in float32."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ class Average:
         self._model = copy.float().eval().requires_grad_(False)
         self.tensors: dict[str, Tensor] = self._model.state_dict()  # averages by name, or their shards
         self._is_sharded, self._is_whole = False, True
+        self._places: Places | None = None  # of the tensors of the model that was averaged last
+        self._groups: Groups | None = None
         # For each parameter that the first step did not train: the first step that did, or None until then.
         self.began: dict[str, int | None] | None = None
 
@@ -48,7 +51,7 @@ class Average:
             average.tensors = {
                 name: value.float() if value.is_floating_point() else value for name, value in values.items()
             }
-            average._is_sharded = True
+            average._is_sharded, average._groups = True, None
             average.free_whole_model()
             average._model.to(next(iter(values.values())).device)
 
@@ -58,26 +61,24 @@ class Average:
         for average in self.profiles.values():
             average.update(model, step)
         self.free_whole_model()
-        current = model.state_dict(keep_vars=True)
-        parameters = {name: value for name, value in current.items() if isinstance(value, nn.Parameter)}
-        untrained = {name for name, parameter in parameters.items() if parameter.grad is None}
+        if self._places is None or self._places.model is not model:
+            self._places, self._groups = Places(model), None
+        current, parameters = self._places.tensors(), self._places.parameters
+        untrained = {name for name in parameters if current[name].grad is None}
         if len(untrained) == len(parameters):  # gradients have been freed: all were trained
             untrained = set()
         if self.began is None:
             self.began = dict.fromkeys(sorted(untrained))
-        self.began |= {name: step for name, first in self.began.items() if first is None and name not in untrained}
-        pairs: defaultdict[int, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))  # by first step
-        for name, average in self.tensors.items():
-            if name in untrained:
-                continue
-            if average.is_floating_point():
-                averages, values = pairs[first_step(name, self.began)]
-                averages.append(local_shard(average))
-                values.append(local_shard(current[name]).to(average.dtype))
-            else:
-                average.copy_(current[name])
-        for first, (averages, values) in pairs.items():
-            torch._foreach_lerp_(averages, values, 1 - self.decay(step - first))
+        if starting := [name for name, first in self.began.items() if first is None and name not in untrained]:
+            self.began |= dict.fromkeys(starting, step)
+            self._groups = None
+        if self._groups is None or self._groups.untrained != untrained:
+            self._groups = Groups(self.tensors, untrained, self.began)
+        for first, averages in self._groups.by_first_step.items():
+            values = [local_shard(current[name]).to(average.dtype) for name, average in averages.items()]
+            torch._foreach_lerp_([*averages.values()], values, 1 - self.decay(step - first))
+        for name, average in self._groups.copied.items():
+            average.copy_(current[name])
 
     def state(self) -> dict[str, int | None] | None:
         """The state that checkpoints save beside the tensors."""
@@ -86,14 +87,52 @@ class Average:
     def restore(self, state: dict[str, int | None] | None) -> None:
         """Load the state that `state` returned."""
         for average in (self, *self.profiles.values()):
-            average.began = state and dict(state)
+            average.began, average._groups = state and dict(state), None
 
     def free_whole_model(self) -> None:
         """Free the unsharded copy of a sharded model, and keep the shards."""
-        if self._is_sharded:
+        if self._is_sharded and self._is_whole:
             for tensor in self._model.state_dict(keep_vars=True).values():
                 tensor.data = tensor.new_empty(0)
             self._is_whole = False
+
+
+class Places:
+    """Where the tensors of a model's `state_dict` are. They are looked up there at each step, since a dictionary of all
+    of them takes long to make. Only a model whose `state_dict` computes tensors makes one at each step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, state = model, model.state_dict(keep_vars=True)
+        self.parameters = [name for name, value in state.items() if isinstance(value, nn.Parameter)]
+        self._owners: list[tuple[str, dict[str, Any], str]] = [
+            (f"{path}.{key}".removeprefix("."), owner, key)
+            for path, module in model.named_modules(remove_duplicate=False)
+            for owner in (module._parameters, module._buffers)
+            for key in owner
+        ]
+        self._owners = [place for place in self._owners if place[0] in state]
+        found = {name: owner[key] for name, owner, key in self._owners}
+        self._is_computed = state.keys() != found.keys() or any(found[name] is not state[name] for name in state)
+
+    def tensors(self) -> dict[str, Any]:
+        if self._is_computed:
+            return self.model.state_dict(keep_vars=True)
+        return {name: owner[key] for name, owner, key in self._owners}
+
+
+class Groups:
+    """The averages to update, by the first step that trained their parameters, and the integers to copy; `untrained`
+    parameters are left out."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], untrained: Set[str], began: Mapping[str, int | None]) -> None:
+        self.untrained = untrained
+        self.by_first_step: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+        self.copied: dict[str, Tensor] = {}
+        for name, average in tensors.items():
+            if name not in untrained and average.is_floating_point():
+                self.by_first_step[first_step(name, began)][name] = local_shard(average)
+            elif name not in untrained:
+                self.copied[name] = average
 
 
 def _copy_without_weights(model: nn.Module) -> nn.Module:

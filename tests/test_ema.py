@@ -58,6 +58,28 @@ def test_average_follows_its_formula_parameters_and_buffers():
     assert not ema.model.training
 
 
+def test_tensors_are_looked_up_without_making_a_dictionary_of_them_at_each_step(monkeypatch):
+    """Also tensors that were replaced are, and another model's."""
+    made, state_dict = [], nn.Module.state_dict
+
+    def counted(module, *args, **kwargs):
+        made.append(module)
+        return state_dict(module, *args, **kwargs)
+
+    model, other = (nn.Sequential(nn.Linear(2, 2, bias=False), nn.BatchNorm1d(2)) for _ in range(2))
+    ema, expected = EMA(model, 0.5, [0.1]), model[0].weight.detach().clone()
+    monkeypatch.setattr(nn.Module, "state_dict", counted)
+    for step, source in enumerate((model, model, model, other, other)):
+        source[0].weight = nn.Parameter(torch.full((2, 2), float(step)))
+        source[1].running_var = torch.full((2,), float(step))
+        ema.update(source, step)
+        expected.lerp_(source[0].weight.detach(), 1 - min(0.5, (1 + step) / (10 + step)))
+    assert torch.equal(ema.tensors["0.weight"], expected)
+    assert torch.equal(ema.tensors["1.running_var"], ema.tensors["1.running_var"].mean().expand(2))
+    assert 0 < ema.tensors["1.running_var"][0] < 4
+    assert [module for module in made if isinstance(module, nn.Sequential)] == [model, model, other, other]
+
+
 def test_averages_of_a_model_to_be_sharded_hold_no_weights():
     model = torch.nn.BatchNorm1d(2)
     ema = EMA(model, 0.5, [0.1], sharded=True)
