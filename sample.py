@@ -37,7 +37,7 @@ class SampleConfig:
         num_per_class: images per class
         seed: image i depends only on the seed, i and its label
         sampling: overrides of the checkpoint's settings; --guidance_scale is short for --sampling.guidance_scale, etc.
-        batch_size: images per batch, on each process
+        batch_size: images per batch, on each process; by default 64, of small models on a GPU 512
         panel: also write a picture of this many moments of the denoising: x_t above, predicted x_0 below
         stages: of a diffusion that samples in several stages: also write a picture of their outputs, side by side
         reconstruct: instead of samples: noise held-out images to this time, and denoise them in one step and in all
@@ -55,7 +55,7 @@ class SampleConfig:
     num_per_class: int = within("[1, inf)", 4)
     seed: int = within(SEEDS, 0)
     sampling: SamplingFlags = field(default_factory=SamplingFlags, metadata={"short": True})
-    batch_size: int = within("[1, inf)", 64)
+    batch_size: int | None = within("[1, inf)", None)
     panel: int = within("[0, inf)", 0)
     stages: bool = False
     reconstruct: float | None = within("[0, inf)", None)

@@ -50,7 +50,13 @@ class Pipeline:
         return self.checkpoint.open_codec(self.autoencoder, self.accelerator.print).to(self.accelerator.device)
 
     def sample(
-        self, classes: Classes = (), num_per_class: int = 4, *, seed: int = 0, batch_size: int = 64, **sampling: Any
+        self,
+        classes: Classes = (),
+        num_per_class: int = 4,
+        *,
+        seed: int = 0,
+        batch_size: int | None = None,
+        **sampling: Any,
     ) -> UInt8[Tensor, "n 3 h w"]:
         """Generate images, class by class; sample.py generates the same.
 
@@ -58,7 +64,7 @@ class Pipeline:
             classes: names or labels; all by default
             num_per_class: images per class
             seed: of the samples
-            batch_size: images at a time
+            batch_size: images at a time; by default 64, of small models on a GPU 512
             sampling: replaces settings of the checkpoint: `guidance_scale=2.0, num_steps=16, sampler="heun"`
 
         Raises:

@@ -1,6 +1,7 @@
 """sample.py as a user runs it."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from tqdm import tqdm
 from autoencoders.codec import PixelCodec
 from diffusion import GaussianDiffusion
 from experiment.config import DataFlags, SamplingConfig
+from models import create_model
 from sampling.generation import Generator, generate
 
 
@@ -36,6 +38,7 @@ from autoencoders.codec import PixelCodec
 from diffusion import GaussianDiffusion
 from experiment.config import SamplingConfig
 from machine.accelerator import open_accelerator
+from models import create_model
 from sampling.generation import Generator, generate
 
 sent = 0
@@ -93,6 +96,30 @@ def test_the_progress_bar_moves_within_a_batch(monkeypatch):
     assert len(generate(Slow(*parts, labels, *settings), batch_size=10)) == 15
     assert seen == [0, 2, 4, 6, 10, 11, 12, 13]
     assert bars[0].n == 15
+
+
+def test_batches_of_small_models_are_large_on_gpus_and_decoded_in_parts(monkeypatch):
+    """Decoding then does not set the peak of memory."""
+    decoded = []
+
+    class Watched(PixelCodec):
+        def decode(self, x_0):
+            decoded.append(len(x_0))
+            return super().decode(x_0)
+
+    labels, sampling = torch.zeros(130, dtype=torch.int64), SamplingConfig(num_steps=1)
+    sizes = {"input_size": 4, "in_channels": 3, "out_channels": 6, "num_classes": 2}
+    model = create_model("DiT", **sizes, dim=16, depth=1, num_heads=2).eval()
+    here = Generator(model, GaussianDiffusion(), Watched(), labels, sampling, (4, 4), 0, Accelerator(cpu=True))
+    images = generate(here, batch_size=130)
+    assert decoded == [64, 64, 2]
+    assert torch.equal(images[:3], generate(replace(here, labels=labels[:3]), batch_size=130))
+
+    assert here.batch_size == 64
+    monkeypatch.setattr(Accelerator, "device", torch.device("cuda"))
+    assert here.batch_size == 512
+    large = create_model("DiT", **{**sizes, "input_size": 64}, dim=384, depth=3, num_heads=6, patch_size=2)
+    assert replace(here, model=large, image_size=(64, 64)).batch_size == 64
 
 
 FOUND = """

@@ -210,6 +210,14 @@ def randn_like(like: Tensor, generator: Generators | None = None) -> Tensor:
         if len(generator) != len(like):
             raise ValueError(f"{len(generator)} generators for {len(like)} samples: pass one, or one for each")
         rows = [torch.randn(like.shape[1:], generator=stream, device=stream.device) for stream in generator]
-        return torch.stack(rows).to(like.device)
+        return _send(torch.stack(rows), like.device)
     source = like.device if generator is None else generator.device
-    return torch.randn(like.shape, generator=generator, device=source).to(like.device)
+    return _send(torch.randn(like.shape, generator=generator, device=source), like.device)
+
+
+def _send(noise: Tensor, device: torch.device) -> Tensor:
+    """Move noise to a device. The CPU does not wait for the copy, so it draws the noise of the next step while a GPU
+    still computes this one."""
+    if noise.device.type != "cpu" or device.type == "mps":  # only copies out of pinned memory can be left to run
+        return noise.to(device)
+    return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=True)
