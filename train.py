@@ -115,7 +115,8 @@ def train(run: Run[ExperimentConfig]) -> None:
     accelerator.print(f"checkpoint: {run.folder}/checkpoints/{run.step:08d}")
     run.inspect(inspections.draw)
     accelerator.end_training()
-    accelerator.print(f"samples:    {run.folder}/samples/{run.step:08d}.png")
+    if (grid := run.folder / "samples" / f"{run.step:08d}.png").is_file():  # there is none of ruined weights
+        accelerator.print(f"samples:    {grid}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def summarize_splits(train, held_out) -> str:
     counts = f"{len(train)} training and {len(held_out)} held-out images"
     classes = f"{len(train.classes)} classes ({join_abridged(train.classes)})" if train.classes else "no classes"
     about = train.describe()
-    parts = [f"{about['source']} ({train.note}): {counts} of {classes}", *summarize_left_out(train, held_out)]
+    source = f"{about['source']} ({train.note})" if train.note else about["source"]
+    parts = [f"{source}: {counts} of {classes}", *summarize_left_out(train, held_out)]
     if num_enlarged := train.num_enlarged():
         parts.append(f"{num_enlarged} of the training images are smaller than {about['image_size'][0]} and enlarged")
     if num_other := train.num_other_colors():

@@ -1,5 +1,6 @@
 """Choice of precision: bf16 on devices with native bf16 instructions, float32 elsewhere."""
 
+import logging
 import os
 import platform
 from collections.abc import Iterator
@@ -97,6 +98,7 @@ def bf16_warning(precision: str, device: torch.device, flag: str) -> str | None:
 
 def slowdown_of_bf16(device: torch.device) -> float:
     """Measured ratio of the times of a matrix product in bf16 and in float32; hundreds if bf16 is emulated."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns where nvcc has no GPU
     from torch.utils.benchmark import Timer
 
     def time_of(dtype: torch.dtype) -> float:

@@ -59,8 +59,8 @@ def machine() -> Iterator[Finding]:
             "no CUDA GPU",
             "everything runs on the CPU; configs/quickstart.yaml and configs/own_images.yaml are made for it",
         )
-    cores = f"{len(allowed_cores())} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
-    yield Finding(f"{cores}, {os.getloadavg()[0]:.1f} of them busy in the last minute")
+    cores = f"{len(allowed_cores())} of {os.cpu_count()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
+    yield Finding(f"{cores}; load of the machine in the last minute: {os.getloadavg()[0]:.1f}")
     auto = choose_precision("auto", device)
     reason = f"{has_bf16(device)[1]}; a matrix product in bf16 takes {slowdown_of_bf16(device):.2g} times as long"
     yield Finding(f"--precision auto is {auto} here: {reason}")

@@ -1,7 +1,7 @@
 """Keep docs/zoo.yaml and the table of docs/zoo.md, the index of the checkpoints that were trained here.
 
-    python scripts/zoo.py add --name faces --run runs/anime-fast --config configs/anime/fast.yaml --images 2304000 \
-        --scores '[runs/anime-fast/scores.json]' --within '{"frechet_distance[mobilenet_v2]": 23}'
+    python scripts/zoo.py add --name faces --run runs/anime-fast --configuration configs/anime/fast.yaml \
+        --images 2304000 --scores '[runs/anime-fast/scores.json]' --within '{"frechet_distance[mobilenet_v2]": 23}'
     python scripts/zoo.py check --name faces --run runs/anime-fast --scores '[runs/anime-fast/scores.json]'
     python scripts/zoo.py update              (after a file in the repository or the header of a configuration changed)
 
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from evaluation.reproduction import table_cells
 from evaluation.table import markdown, terminal
 from experiment.cli import run_program
+from experiment.inputs import KINDS
 from machine.atomic_files import sha256_of, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,30 +38,40 @@ MARKS = "<!-- python scripts/zoo.py writes this table -->", "<!-- to here -->"
 
 
 def add(
-    name: str, run: Path, config: Path, scores: list[Path], within: dict[str, float], images: int | None = None
+    name: str,
+    run: Path,
+    configuration: Path,  # `config` is a flag of the parser's own
+    scores: list[Path],
+    within: dict[str, float],
+    images: int | None = None,
 ) -> None:
     """Add the checkpoint of a run to the index, or replace its row.
 
     Args:
         name: name of the row
         run: the run's folder, or one of its checkpoints
-        config: configuration in the repository whose header has the commands and their cost
+        configuration: the one in the repository whose header has the commands and their cost
         scores: files of evaluate.py's or recognise.py's --output; of several evaluations in a file the first counts
         within: by score, the largest difference at which another training of this configuration counts as the same
         images: images seen in training, with those of the weights that it started from; by default steps times batch
     """
-    from checkpoints.checkpoint import open_checkpoint
-
-    checkpoint = open_checkpoint(run)
+    checkpoint = opened(run)
     origin, batch_size = checkpoint.config.init_from, checkpoint.config.train.batch_size
+    if not (configuration.is_file() and configuration.resolve().is_relative_to(ROOT)):
+        raise ValueError(
+            f"--configuration {configuration}: not a file of this repository, as configs/quickstart.yaml is"
+        )
+    path = configuration.resolve().relative_to(ROOT).as_posix()
     if images is None and origin:
         raise ValueError(f"--images: the run started from {origin}; give the sum of the images that both have seen")
-    log = [json.loads(line) for line in (checkpoint.run / "log.jsonl").read_text().splitlines()]
+    log_file = checkpoint.run / "log.jsonl"
+    if not log_file.is_file():
+        raise ValueError(f"--run {run}: {log_file} does not exist; give the folder of a training")
+    log = [json.loads(line) for line in log_file.read_text().splitlines()]
     speeds = [line["images_per_second"] for line in log if "images_per_second" in line]
     values, sampling = read_scores(scores, checkpoint)
     if unknown := within.keys() - values.keys():
         raise ValueError(f"--within: {', '.join(sorted(unknown))} is not in --scores, which have {', '.join(values)}")
-    path = config.resolve().relative_to(ROOT).as_posix()
     with tempfile.TemporaryDirectory() as folder:
         weights = published(checkpoint, Path(folder))
         row = {
@@ -88,12 +99,12 @@ def check(name: str, run: Path, scores: list[Path] | None = None) -> None:
         run: the run's folder, a checkpoint, or a folder for the hub
         scores: files of evaluate.py's or recognise.py's --output, for weights that are not the same
     """
-    from checkpoints.checkpoint import open_checkpoint, read_metadata
+    from checkpoints.checkpoint import read_metadata
 
     index = read_index()
     if name not in index:
         raise ValueError(f"--name {name}: not in {INDEX.name}, which has {', '.join(index)}")
-    row, checkpoint = index[name], open_checkpoint(run)
+    row, checkpoint = index[name], opened(run)
     with tempfile.TemporaryDirectory() as folder:
         weights = published(checkpoint, Path(folder))
         if row["sha256"] in (sha256_of(weights), sha256_of(checkpoint.path)):
@@ -122,6 +133,16 @@ def check(name: str, run: Path, scores: list[Path] | None = None) -> None:
 def update() -> None:
     """Read the files in the repository and the headers of configurations, and write both documents."""
     write({name: current(row) for name, row in read_index().items()})
+
+
+def opened(run: Path) -> Any:
+    """The checkpoint that `--run` names."""
+    from checkpoints.checkpoint import open_checkpoint
+
+    kind = KINDS["checkpoint"]
+    if not kind.exists(str(run)):
+        raise ValueError(f"--run {run}{kind.problem}")
+    return open_checkpoint(run)
 
 
 def current(row: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +177,10 @@ def read_scores(paths: list[Path], checkpoint: Any) -> tuple[dict[str, tuple[str
 
     values, sampling = {}, {}
     for path in paths:
-        record = json.loads(path.read_text())
+        try:
+            record = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--scores {path}: no file of evaluate.py's or recognise.py's --output") from error
         samples = record.get("samples", {})
         own = read_metadata(checkpoint.path).get("weights_sha256")
         if samples.get("weights_sha256", own) != own:

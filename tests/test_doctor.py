@@ -12,9 +12,10 @@ DOCTOR = script("scripts/doctor.py")
 
 
 def test_the_doctor_says_what_works_and_what_to_do_about_the_rest(monkeypatch, tmp_path):
-    environment = {"TORCH_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    environment = {"TORCH_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "CUDA_HOME": "/cuda"}
     command = [sys.executable, "-W", "error", "scripts/doctor.py"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert "CUDA_HOME" not in done.stderr
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert {"Machine", "Packages", "Weights"} <= set(lines)
     assert "ok  the embedded autoencoders (--autoencoder embedded, embedded-f8c16, embedded-taef2)" in lines

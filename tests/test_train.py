@@ -39,6 +39,23 @@ def test_trackers_show_losses_and_samples_without_a_network(folder):
     assert len(list(written.rglob("samples*.png"))) == 2
 
 
+RUINED = """
+from experiment.registry import register
+
+@register("sampler", "ruined")
+def ruined(chain, x_t):
+    yield x_t * float("nan"), x_t * float("nan")
+"""
+
+
+def test_a_training_that_draws_nothing_names_no_picture(folder):
+    (folder / "ruined.py").write_text(RUINED)
+    flags = ("--name", "ruined", "--imports", "ruined.py", "--sampling.sampler", "ruined", "--train.num_steps", 1)
+    told = run("train.py", "--config", "tiny.yaml", *flags, cwd=folder).stdout
+    assert "step 1: nothing to draw: images came out as numbers that are not finite" in told
+    assert "samples:" not in told
+
+
 def test_weights_move_and_the_average_follows(folder):
     ema, model = weights(folder, "tiny"), weights(folder, "tiny", file="state/model.safetensors")
     assert ema.keys() == model.keys()

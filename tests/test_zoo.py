@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from processes import ROOT, script
 
 from checkpoints.checkpoint import open_checkpoint, read_metadata, read_tensors, save_tensors
+from experiment.cli import run_program
 from machine.atomic_files import sha256_of
 
 ZOO = script("scripts/zoo.py")
@@ -80,9 +82,17 @@ def recognised(folder, share, **others):
     return [path]
 
 
-def test_a_run_becomes_a_row_by_which_others_are_checked(folder, index, capsys):
+def test_a_run_becomes_a_row_by_which_others_are_checked(folder, index, capsys, monkeypatch):
     run, before = folder / "runs" / "tiny", yaml.safe_load((index / "zoo.yaml").read_text())
-    ZOO.add("mine", run, ROOT / "configs" / "quickstart.yaml", recognised(index, 0.9), {"class_agreement": 0.05})
+    flags = {
+        "name": "mine",
+        "run": str(run),
+        "configuration": str(ROOT / "configs" / "quickstart.yaml"),
+        "scores": json.dumps([str(path) for path in recognised(index, 0.9)]),
+        "within": '{"class_agreement": 0.05}',
+    }
+    monkeypatch.setattr("sys.argv", ["zoo.py", "add", *(f"--{flag}={value}" for flag, value in flags.items())])
+    run_program([ZOO.add, ZOO.check, ZOO.update])
     rows = yaml.safe_load((index / "zoo.yaml").read_text())
     row = rows.pop("mine")
     assert rows == before
@@ -118,6 +128,14 @@ def test_what_the_zoo_cannot_index_or_compare_is_said(folder, index):
         ZOO.add("mine", run, config, recognised(index, 0.9, samples={"weights_sha256": "0"}), {})
     with pytest.raises(ValueError, match=r"--name mine: not in zoo\.yaml, which has embedded"):
         ZOO.check("mine", run)
+    with pytest.raises(ValueError, match=r"--scores none\.json: no file of evaluate\.py's or recognise\.py's --output"):
+        ZOO.add("mine", run, config, [Path("none.json")], {})
+    with pytest.raises(ValueError, match=r"--configuration none\.yaml: not a file of this repository"):
+        ZOO.add("mine", run, Path("none.yaml"), recognised(index, 0.9), {})
+    with pytest.raises(ValueError, match="--run runs/none does not exist; give a run's folder"):
+        ZOO.check("quickstart", Path("runs/none"))
+    with pytest.raises(ValueError, match=r"--run embedded: .*log\.jsonl does not exist; give the folder of a training"):
+        ZOO.add("mine", Path("embedded"), config, [], {}, images=1)
     ZOO.add("mine", run, config, recognised(index, 0.9), {"class_agreement": 0.05})
     with pytest.raises(ValueError, match="other weights; give --scores with class_agreement to compare"):
         ZOO.check("mine", run / "checkpoints" / "00000002")
