@@ -275,8 +275,7 @@ def write_pictures(
 def open_test_images(
     config: EvaluateConfig, checkpoint: "Checkpoint | None", data: DataConfig, accelerator: "Accelerator"
 ) -> "ImageSet | None":
-    """Open the held-out images, which are not needed beside the file of a reference, and check that they are those of
-    the checkpoint."""
+    """Open the held-out images, unless a reference replaces them, and check that they are the checkpoint's."""
     from experiment.build import open_split
 
     if config.reference and not config.memorisation:

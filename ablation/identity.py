@@ -31,8 +31,7 @@ NO_EFFECT_ON_WEIGHTS = (  # imported by train.py, but only to observe the traini
 
 
 def stage_keys(config: ExperimentConfig, scoring: object, pictures: object) -> dict[str, str]:
-    """Return a key `<hash of configuration>-<hash of code>` for each stage. Runs that differ only in how they sample or
-    score share the key of their training."""
+    """Return a key `<hash of configuration>-<hash of code>` per stage; runs of one training share its key."""
     values, defaults = _drop_irrelevant(config.to_dict()), _drop_irrelevant(ExperimentConfig().to_dict())
     differences = _differences(_add_file_hashes(values), defaults)
     after_training = {name: differences.pop(name, {}) for name in ("sampling", "evaluation")}
@@ -206,8 +205,7 @@ def _read(source: str) -> tuple[list[str], str]:
 
 
 def _modules(node: ast.AST) -> Iterator[str]:
-    """Yield the modules imported below a node, by `import_module` too, but not under `if TYPE_CHECKING`. `from a import
-    b` yields `a` and `a.b`, as b may be a module."""
+    """Yield the modules imported below a node, also by `import_module`, but not under `if TYPE_CHECKING`."""
     if isinstance(node, ast.If) and any(_name(part) == "TYPE_CHECKING" for part in ast.walk(node.test)):
         return
     if isinstance(node, ast.Import):

@@ -28,8 +28,7 @@ class Pictures:
 
 
 def read_pictures(results: Results) -> list[Pictures]:
-    """Read the pictures of each variant's first seed, where they were drawn by the present plan. Pictures of another
-    plan are left out, as they may show other classes."""
+    """Read the pictures of each variant's first seed, without those drawn by another plan."""
     pictures = []
     for variant in results.variants:
         folder, key = Path(variant.plan["folder"]), variant.plan["keys"].get("draw")

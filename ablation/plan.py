@@ -229,8 +229,7 @@ def plan_run(run: Run, ablation: AblationConfig, measurements: Measurements, *, 
 
 
 def match_costs(plan: list[PlannedRun], measurements: Measurements) -> list[PlannedRun]:
-    """Change the width of all other variants so that they cost what `match.to` costs, under the same values of a grid.
-    Raises ValueError where no width does."""
+    """Change the width of all other variants to the cost of `match.to`; raise ValueError where no width has it."""
     rule = plan[0].ablation.match
     assert rule is not None
     targets = [planned for planned in plan if planned.run.is_of(rule.to)]

@@ -44,8 +44,7 @@ class Difference:
 
 
 def paired_t_test(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """Two-sided paired t-test of scores by seed, over the common seeds. Returns None for fewer than two common seeds,
-    and where all differences are equal, as their variance is 0."""
+    """Two-sided paired t-test of scores by seed; None for fewer than two common seeds, or equal differences."""
     from scipy import stats
 
     differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
@@ -81,8 +80,7 @@ class RunResult:
 
     @cached_property
     def trials(self) -> list[dict[str, float | None]]:
-        """Scores of each generation trial, by metric, without the distances of halves of the samples. The first trial
-        also has the share of memorisation, if that was computed."""
+        """Scores of each trial by metric, without those of halves; the first also has the share of memorisation."""
         trials = self.record["rows"][0]["trials"]
         scores = [{name: score["value"] for name, score in trial.items() if ", " not in name} for trial in trials]
         if memorisation := self.record.get("memorisation"):

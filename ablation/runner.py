@@ -65,8 +65,7 @@ def draw_command(planned: PlannedRun) -> list[str]:
 
 
 def _as_flags(planned: PlannedRun, values: dict[str, Any]) -> list[str]:
-    """Format values as `--name value`, lists and mappings as JSON. All sampling settings are added, because those in
-    the training's configuration may be another variant's."""
+    """Format values as `--name value` in JSON, and all sampling settings, as the training may be another variant's."""
     sampling = yaml.safe_dump(asdict(planned.sampling), default_flow_style=True, width=math.inf).strip()
     values = {**values, "precision": planned.run.config.train.precision, "sampling": sampling}
     values |= {"imports": planned.run.config.imports} if planned.run.config.imports else {}
@@ -105,8 +104,7 @@ class Runner:
     reason: str | None = None
 
     def __call__(self, job: list[PlannedRun], environment: dict[str, str] | None = None) -> list[Outcome]:
-        """Execute the runs that share a training; the first of them trains. `environment` holds additional environment
-        variables of the processes."""
+        """Execute the runs that share a training, which the first does, with additional environment variables."""
         outcomes: list[Outcome] = []
         try:
             # In reverse: the run that trains comes last, as the changes of the others are found through its folder.
@@ -207,8 +205,7 @@ class WorkerSlot(NamedTuple):
 
 
 def worker_slots(workers: int) -> list[WorkerSlot]:
-    """Return a place for each GPU; without GPUs, split the cores among `workers`. Raises ValueError where there are
-    fewer cores than workers."""
+    """Return a place for each GPU, or split the cores among `workers`; raise ValueError for too few cores."""
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         devices = visible.split(",") if visible else map(str, range(gpus))
@@ -223,8 +220,7 @@ def worker_slots(workers: int) -> list[WorkerSlot]:
 
 
 def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
-    """Run one job at a time on each GPU, or `workers` jobs at a time on the CPU. At a signal to stop, running trainings
-    save and end, and no other job starts."""
+    """Run one job at a time on each GPU, or `workers` on the CPU; at a signal, trainings save and no job starts."""
     queue: Queue[list[PlannedRun]] = Queue()
     for job in jobs:
         queue.put(job)
@@ -250,8 +246,7 @@ def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
 def submit(
     jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: Literal["slurm", "local"]
 ) -> list[Outcome]:
-    """Submit all jobs through submitit, and wait for them. With the scheduler `local`, jobs are processes of this
-    machine, and a signal to stop is passed on to them."""
+    """Submit all jobs through submitit and wait; those of `local` are processes here, which a signal stops."""
     executor = open_executor(scheduler, logs, name="ablation", **asdict(cluster))
     here = scheduler == "local"
     submitted: list[tuple[list[PlannedRun], Any]] = []
@@ -282,8 +277,7 @@ def submit(
 
 @dataclass
 class SubmittedJob:
-    """A job as submitit calls it, requeued when its time is up. `here`: it runs as a process of this machine, and
-    handles signals to stop itself."""
+    """A job for submitit, requeued when its time is up; `here`, as a local process, it handles signals itself."""
 
     runner: Runner
     job: list[PlannedRun]

@@ -153,8 +153,7 @@ def read_ablation(path: Path, overrides: dict[str, Any]) -> AblationConfig:
 
 
 def expand_runs(ablation: AblationConfig, name: str) -> list[Run]:
-    """Make the runs: every variant under every seed, in `runs/<name>/<variant>/seed<n>`. Raises ValueError naming the
-    variant whose settings are invalid."""
+    """Make the runs, every variant under every seed; raise ValueError naming a variant with invalid settings."""
     base = deep_merge(_read_base(ablation.base), ablation.set)
     axes = {key: values for key, values in ablation.grid.items() if key != "seed"}
     seeds = ablation.grid.get("seed") or [base.get("train", {}).get("seed", 0)]

@@ -46,8 +46,7 @@ class ImageBatches:
         return sum(self.sizes)
 
     def __call__(self, step: int, order: int = 0) -> Iterator[UInt8[Tensor, "b 3 h w"]]:
-        """Yield this process's share of all batches from a step on, without end. With `mirrors`, half of the images are
-        mirrored. Another `order` gives other permutations."""
+        """Yield this process's share of all batches from a step on; another `order` gives other permutations."""
         share = slice(self.rank, None, self.num_ranks)
         batch_sampler = (self.indices(later, order)[share] for later in count(step))
         loader = DataLoader(ConcatDataset(self.sources), batch_sampler=batch_sampler, num_workers=self.num_workers)

@@ -60,8 +60,7 @@ class Autoencoding(nn.Module):
 
 
 def autoencoder_optimizers(model: Autoencoding, config: AutoencoderOptimConfig) -> Optimizers:
-    """Build AdamW, and with `muon_lr` Muon for the matrices, except those of the first and last layer. The rows of
-    those two are colour channels."""
+    """Build AdamW, and with `muon_lr` Muon for the matrices but the first and last, whose rows are colours."""
     autoencoder = model.autoencoder
     first_and_last = {autoencoder.encoder.conv_in.weight, autoencoder.decoder.conv_out.weight}
     parameters, optimizers = [parameter for parameter in model.parameters() if parameter.requires_grad], Optimizers()

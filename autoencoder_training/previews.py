@@ -43,8 +43,7 @@ def reconstruction_psnr(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], batc
 
 @dataclass(frozen=True)
 class Previews:
-    """Reconstructions of held-out images by the averaged weights, which the main process makes. `held_out` holds
-    datasets by name."""
+    """Reconstructions of `held_out` datasets, by name, by the averaged weights, on the main process."""
 
     run: Run[AutoencodingConfig]
     ema: EMA

@@ -77,8 +77,7 @@ def infer_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def diffusers_name(name: str, num_levels: int) -> str:
-    """Convert the name of a weight; diffusers counts the decoder's levels from the coarsest, latent-diffusion from the
-    finest."""
+    """Convert the name of a weight; diffusers counts the decoder's levels from the coarsest on."""
     name = re.sub(r"\.up\.(\d+)\.", lambda match: f".up_blocks.{num_levels - 1 - int(match[1])}.", name)
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)

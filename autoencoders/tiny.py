@@ -10,8 +10,7 @@ from autoencoders.pretrained import AutoencoderError
 
 
 def from_published(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor]) -> AutoencoderTiny:
-    """Build the autoencoder of a published pair of files: TAESD, TAESDXL (4 latent channels), TAESD3, TAEF1 (16) or
-    TAEF2 (32)."""
+    """Build the autoencoder of a published pair of files: TAESD(XL) (4 channels), TAESD3, TAEF1 (16) or TAEF2 (32)."""
     # The files number the layers; the decoder's first layer, a clamp, has no weights and is not one of diffusers'.
     state_dict = {f"encoder.layers.{name}": weight.float() for name, weight in encoder.items()}
     state_dict |= {

@@ -36,8 +36,7 @@ class Average:
 
     @property
     def model(self) -> nn.Module:
-        """The averaged model in eval mode. If it is sharded, this is a collective operation, and the model is valid
-        until the next update."""
+        """The averaged model in eval mode, until the next update; a collective operation if it is sharded."""
         if not self._is_whole:
             for name, tensor in self._model.state_dict(keep_vars=True).items():
                 tensor.data = full_tensor(self.tensors[name])
@@ -121,8 +120,7 @@ class Places:
 
 
 class Groups:
-    """The averages to update, by the first step that trained their parameters, and the integers to copy; `untrained`
-    parameters are left out."""
+    """The averages to update, by the first step that trained them, and integers to copy; without the `untrained`."""
 
     def __init__(self, tensors: Mapping[str, Tensor], untrained: Set[str], began: Mapping[str, int | None]) -> None:
         self.untrained = untrained

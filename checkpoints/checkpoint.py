@@ -77,8 +77,7 @@ class Checkpoint:
 
     @property
     def autoencoder(self) -> str:
-        """The autoencoder of its configuration; a relative folder that does not exist is looked up in the parents of
-        the run's folder."""
+        """The configured autoencoder; a relative folder that does not exist is looked up in the run's parents."""
         name = self.config.autoencoder
         places = [] if Path(name).is_dir() else [parent / name for parent in self.run.resolve().parents]
         return next((str(place) for place in places if (place / "config.json").is_file()), name)
@@ -153,8 +152,7 @@ def check_identity(
 def make_metadata(
     config: RunConfig, step: int, identity: Mapping[str, Mapping[str, Any]] | None = None, **entries: Any
 ) -> dict[str, str]:
-    """Return the metadata that make a file of averaged weights a checkpoint; for a backbone, `entries` are `spec` and
-    `classes`."""
+    """Return the metadata of a checkpoint; for a backbone, `entries` are `spec` and `classes`."""
     values = {"config": config.to_dict(), "step": step, "identity": identity or {}, **entries}
     values |= {"imports": contents_of(getattr(config, "imports", ()))}
     encoded = {name: json.dumps(value, default=asdict) for name, value in values.items()}
@@ -276,8 +274,7 @@ def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) ->
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Save a safetensors file whose metadata include checksums of the metadata and of the tensors. The same tensors and
-    metadata give the same bytes."""
+    """Save a safetensors file with checksums in its metadata; equal tensors and metadata give equal bytes."""
     metadata = {**metadata, "weights_sha256": weights_sha256(tensors)}
     try:
         save_file(dict(tensors), path, metadata={**metadata, "metadata_sha256": _sha256(metadata)})
@@ -320,8 +317,7 @@ def read_shapes(path: Path) -> dict[str, torch.Size]:
 
 
 def iterate_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Read the tensors of a safetensors file one at a time, so that only what is kept of them takes memory. Verify them
-    at the end."""
+    """Read tensors one at a time, so that only what is kept of them takes memory, and verify them at the end."""
     expected, digest = read_metadata(path).get("weights_sha256"), hashlib.sha256()
     with _opened(path) as file:
         for name in sorted(file.keys()):
@@ -349,8 +345,7 @@ def _sha256(metadata: Mapping[str, str]) -> str:
 
 
 def load_weights(tensors: dict[str, Tensor], path: Path) -> None:
-    """Copy the tensors of a file in place into those, or the shards, of a model or an average of the same names and
-    shapes."""
+    """Copy the tensors of a file in place into those, or the shards, of a model or average of the same shapes."""
     ours, theirs = {name: tensor.shape for name, tensor in tensors.items()}, read_shapes(path)
     if mismatched := sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)):
         raise CheckpointError(

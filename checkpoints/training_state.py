@@ -133,8 +133,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Iterable[tuple[str
 
 
 def _parameter_numbers(optimizer: torch.optim.Optimizer) -> list[int]:
-    """Return the numbers that identify parameters in files, in the order of the groups: the entries `numbers` of the
-    groups, or 0, 1, ..."""
+    """Return the numbers that identify parameters in files, in the order of the groups: `numbers`, or 0, 1, ..."""
     groups = optimizer.param_groups
     numbers = [number for group in groups for number in group.get("numbers", ())]
     return numbers or list(range(sum(len(group["params"]) for group in groups)))

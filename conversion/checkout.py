@@ -41,8 +41,7 @@ class PublishedCheckout:
     def step(
         self, name: str, num_classes: int, device: torch.device, precision: str, batch: Callable[[], tuple[Any, Any]]
     ) -> Callable[[], None]:
-        """Return a function that makes one optimizer step as the authors' script does; in bf16 AdamW is fused.
-        `batch()` returns latents and labels."""
+        """Return an optimizer step as in the authors' script, fused in bf16; `batch()` gives latents and labels."""
         model = self.create(name, latent_size=8, num_classes=num_classes).to(device)
         ema = deepcopy(model).requires_grad_(False).eval()
         ema_parameters = dict(ema.named_parameters())

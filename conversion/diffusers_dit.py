@@ -15,8 +15,7 @@ NULL_LABEL = 1000  # hard-coded in diffusers' DiTPipeline
 
 
 def write_native(folder: Path, checkpoint: Any, sampling: Any, scheduler: Any, vae: Any) -> dict[str, Any]:
-    """Write the parts of a `DiTPipeline`, and return its index. Raises ValueError naming what that pipeline cannot
-    reproduce."""
+    """Write the parts of a `DiTPipeline`, return its index; raise ValueError naming what it cannot reproduce."""
     kind, times = checkpoint.config.diffusion.kind, checkpoint.build_diffusion().path.model_times
     chain = f"DiTPipeline cannot walk {kind}, {sampling.sampler}, {sampling.spacing};"
     walks = kind == "gaussian" and sampling.sampler != "ddpm" and sampling.spacing == "trailing"

@@ -22,8 +22,7 @@ SPACINGS = {  # by kind, sampler and spacing: the pipeline's name of the spacing
 
 
 def to_scheduler(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
-    """Return the diffusers scheduler that makes the same steps, and the pipeline's name of its spacing. Raises
-    ValueError naming the setting for which there is none."""
+    """Return diffusers' scheduler of the same steps, and its spacing's name; ValueError names a setting without one."""
     if diffusion.guidance_max is not None:
         raise ValueError(
             f"--diffusion.guidance_max {diffusion.guidance_max:g}: the model is told its guidance scale, diffusers' "

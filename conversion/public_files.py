@@ -56,8 +56,7 @@ def is_public(name: str) -> bool:
 
 
 def public_autoencoder(weights: Path, source: str | None) -> list[Path]:
-    """Resolve VA-VAE's name to its weights and its latents' statistics, downloaded if they are not next to each other
-    here; other paths stay as given."""
+    """Resolve VA-VAE's name to weights and statistics, downloaded unless here; other paths stay as given."""
     by_name = str(weights) in (VA_VAE, f"{VA_VAE}.pt") or (weights.name == f"{VA_VAE}.pt" and weights.is_file())
     if source not in (None, "ldm") or not by_name:
         return [weights]

@@ -45,8 +45,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def split_checkpoint(saved: object) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Find the averaged and the trained weights in a checkpoint. The average (ema, params_ema, ...) may be a nested
-    dictionary, or a prefix of names."""
+    """Find averaged and trained weights in a checkpoint; the average is a nested dictionary, or a prefix of names."""
     if not isinstance(saved, dict):
         return {}, {}
     parts: dict[str, dict[str, Any]] = {"": strip_wrappers(saved)}

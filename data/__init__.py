@@ -32,8 +32,7 @@ def open_dataset(path: str, **settings: Any) -> ImageSet:
 
 
 def summarize_splits(train, held_out) -> str:
-    """Summarise the data in one line: images, split, classes, and how many images are left out, are enlarged or have
-    other colours."""
+    """Summarise the data in one line: images, split, classes, and how many are left out, enlarged or off-colour."""
     counts = f"{len(train)} training and {len(held_out)} held-out images"
     classes = f"{len(train.classes)} classes ({join_abridged(train.classes)})" if train.classes else "no classes"
     about = train.describe()

@@ -29,8 +29,7 @@ SETTLED = 10 * 10**9  # nanoseconds after which a file's times tell changes apar
 
 
 class Folder:
-    """The files of a folder. Links are followed; images, shards and folders that were already reached by another path
-    are listed in `repeated` instead of `names`."""
+    """The files of a folder, through links; images, shards and folders reached before are listed in `repeated`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -159,8 +158,7 @@ class Tars:
 
 @lru_cache(maxsize=1)  # as both splits read the same shards
 def _index(shards: tuple[tuple[Path, str, tuple[int, ...]], ...]) -> tuple[dict[str, tuple[int, int, int]], list[str]]:
-    """Locate all files in shards, given as (path, name, version): index of the shard, offset and size of each by name.
-    Also list the images that are links to others."""
+    """Locate files in shards (path, name, version): shard, offset and size by name; also list images that are links."""
     locations: dict[str, tuple[int, int, int]] = {}
     links: list[str] = []
     for index, (path, shard, _) in enumerate(tqdm(shards, desc="reading shards", leave=False)):
@@ -208,8 +206,7 @@ def _normalise(name: str) -> str:
 
 
 def fingerprint(folder: Path, names: Sequence[str], of: str = "") -> str | None:
-    """Hash the sizes and times of files, and the string `of`. None if a file is missing, or so new that a later change
-    might not change its times."""
+    """Hash sizes and times of files, and `of`; None if a file is missing, or too new for its times to tell."""
     digest, newest = hashlib.sha256(of.encode()), 0
     for name in names:
         try:

@@ -138,8 +138,7 @@ class ImageDataset(ImageSet):
         split_seed: int,
         groups: Mapping[str, str] | None,
     ) -> list[str]:
-        """Select the images of the split. Without a split of the files' own, images are held out by a hash of their
-        names, and near-duplicates by that of their group."""
+        """Select the images of the split: the files' own, or held out by a hash of names, duplicates as a group."""
         held_out, self.note = {*(layout.splits or {}).get("test", ())}, layout.note
         if not layout.splits and self.split != "all":
             held_out = hold_out(label_of, test_fraction, split_seed, groups or {})
@@ -291,8 +290,7 @@ class ImageDataset(ImageSet):
 
 
 def open_files(path: str | Path, label_column: str | None = None) -> Folder | Zip | Tars | Parquets:
-    """Open a folder, a zip, tar or parquet shards, or a data set of the hub; a folder with both shards and images is
-    read as a folder."""
+    """Open a folder, a zip, tar or parquet shards, or a data set of the hub; images in a folder go before shards."""
     files = _open_files(path, label_column)
     if label_column is not None and not isinstance(files, Parquets):
         raise DataError(f"--data.label_column {label_column}: {path} holds no parquet files; leave it out")

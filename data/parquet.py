@@ -65,8 +65,7 @@ class Place(NamedTuple):
 
     @contextmanager
     def open(self, shard: str, metadata: Any = None) -> Iterator[Any]:
-        """Open a shard, whose metadata are read unless they are given. Errors become a sentence: of the hub an
-        `UnreachableError`, of a file a `DataError`."""
+        """Open a shard; errors become a sentence, an `UnreachableError` of the hub, a `DataError` of a file."""
         try:
             source: Any = self.local(shard)
             if self.hub:  # without a cache of its own, as pyarrow knows what to read

@@ -51,15 +51,13 @@ def _convert_transparency(image: Image.Image) -> None:
 
 
 def has_converted_transparency(data: bytes) -> bool:
-    """Whether the bytes are those of a PNG that `_convert_transparency` changes. Until 30 November 2026 it was not
-    called: caches of such images hold other pixels."""
+    """Whether a PNG is one that `_convert_transparency` changes, as it did not before 30 November 2026."""
     colour_and_bits = (data[25], data[24]) if data.startswith(b"\x89PNG") and len(data) > 25 else None
     return colour_and_bits in ((0, 2), (0, 4), (2, 16)) and b"tRNS" in data[: data.find(b"IDAT")]
 
 
 def has_other_colors(image: Image.Image) -> bool:
-    """Whether the image has a colour profile by which its colours are not those of sRGB. `to_rgb` takes them for that
-    all the same, as other codebases do."""
+    """Whether the image's colour profile is not that of sRGB, for which `to_rgb` takes it, as others do."""
     return _differs_from_srgb(image.info.get("icc_profile") or b"")
 
 
@@ -80,8 +78,7 @@ def _differs_from_srgb(profile: bytes) -> bool:
 
 
 def _to_8_bits(image: Image.Image, format: str | None) -> Image.Image:
-    """Scale a grey image from its white level: the smallest of 1 (only for floats), 255 and 65535 that no pixel
-    exceeds."""
+    """Scale a grey image from its white level: the smallest of 1 (for floats), 255 and 65535 above all pixels."""
     grey = np.asarray(image).astype(np.float64)
     whites = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
     if image.mode == "I" and format in ("PNG", "PPM"):  # Pillow gives 16-bit files this mode

@@ -98,8 +98,7 @@ def verify_once(paths: Sequence[Path]) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under a temporary name and rename it. An error is ignored if the file exists afterwards, as another
-    process has then written the same."""
+    """Write a file under another name and rename it; an error is ignored if another process has written it."""
     try:
         with atomic_path(path) as partial:
             write(partial)

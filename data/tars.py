@@ -69,8 +69,7 @@ def infer_tar_layout(
 def layout_of_shards(
     labels: dict[str, str], left_out: dict[str, list[str]], kind: str, class_names: str | None = None, place: str = ""
 ) -> Layout:
-    """Lay out labelled images: split them by their shards' names, and leave out validation shards beside train and
-    test."""
+    """Lay out labelled images, split by their shards' names; beside train and test, val shards are left out."""
     splits, split_note = split_by_shards(list(labels))
     if splits:
         in_splits = {*splits["train"], *splits["test"]}
@@ -105,8 +104,7 @@ def _read_label(name: str, read: Callable[[str], bytes]) -> str | None:
 
 
 def name_classes(labels: dict[str, str], class_names: str | None) -> dict[str, str]:
-    """Replace numeric labels by class names: lines of `classnames.txt` or, without it, the numbers padded with zeros,
-    which sort in numerical order."""
+    """Replace numbers by names: lines of `classnames.txt` or, without it, the numbers padded with zeros."""
     classes = {*labels.values()} - {""}
     if not classes or not all(re.fullmatch(r"[0-9]+", label) for label in classes):
         return labels
@@ -170,8 +168,7 @@ def _is_table(path: str) -> bool:
 def _as_tree(
     names: Sequence[str], read: Callable[[str], bytes], classes: Sequence[str], exclude_classes: Sequence[str]
 ) -> Layout:
-    """Read the shards as one tree of files. If their names define a split and the paths inside do not, the split
-    becomes the top level of folders."""
+    """Read the shards as one tree; a split by their names alone becomes the top level of folders."""
     relevant = [name for name in names if _is_image(_split_name(name)[1]) or _is_table(name)]
     level_of = _levels(relevant)
     top_folder = {name: _split_name(name)[1].partition("/")[0].casefold() for name in relevant}

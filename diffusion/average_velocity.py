@@ -273,8 +273,7 @@ class Shortcut(AverageVelocity):
         return 3 + self.interval_share * (4 if self.guidance_settings else 2)
 
     def check_options(self, options: SamplingOptions) -> None:
-        """Refuse numbers of steps and spacings that the sampler `shortcut` does not support. Step lengths must be
-        trained ones, or shorter than all of these."""
+        """Refuse steps and spacings that `shortcut` lacks: lengths must be trained ones, or shorter than all."""
         if (options.sampler or self.default_sampler) != "shortcut":
             return
         most, num_steps = self.sections // 2, num_steps_for(options, self)
@@ -284,8 +283,7 @@ class Shortcut(AverageVelocity):
             raise ValueError(f"--sampling.spacing {options.spacing}: a shortcut's steps are uniform; leave it out")
 
     def precondition(self, model: Denoiser) -> Denoiser:
-        """Wrap the model as a function of the path's `x_t`, `t` and `r`; steps shorter than any in training are passed
-        to it as the shortest."""
+        """Wrap the model as a function of `x_t`, `t` and `r`; steps shorter than in training become the shortest."""
         wrapped, shortest = super().precondition(model), 2 / self.sections
 
         def preconditioned(x_t: Tensor, t: Tensor, y: Tensor, *, r: Tensor | None = None, **extras: Any) -> Tensor:

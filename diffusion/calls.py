@@ -31,8 +31,7 @@ def num_classes_of(model: Any) -> int:
 def with_and_without_label(
     model: Any, num_classes: int, x_t: Images, t: Timesteps, y: Labels, **extras: Any
 ) -> tuple[Output, Output]:
-    """Return the model's outputs with the labels and with the null label `num_classes`, by one call. Extras that are
-    tensors have a row for each sample."""
+    """Return outputs with the labels and with the null label, by one call; extra tensors have a row per sample."""
     doubled = {name: torch.cat([value] * 2) if isinstance(value, Tensor) else value for name, value in extras.items()}
     null_label = torch.full_like(y, num_classes)
     output = model(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([y, null_label]), **doubled)

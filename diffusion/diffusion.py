@@ -348,8 +348,7 @@ class Diffusion:
         return self.path.transition(t)
 
     def _variational_bound(self, prediction: Prediction, x_0: Tensor, x_t: Tensor, t: Tensor) -> Float32[Tensor, " b"]:
-        """Return `L_t` in bits per dimension (Ho et al. 2020, eq. 5): a KL divergence or, at t = 0, a negative
-        log-likelihood."""
+        """Return `L_t` in bits per dimension (Ho et al. 2020, eq. 5): a KL divergence, or at 0 a log-likelihood."""
         at = self._transition(t)
         mean = at.posterior_mean(prediction.x_0, x_t)
         log_variance = self.reverse_log_variance(prediction, at)

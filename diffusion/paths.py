@@ -70,8 +70,7 @@ class GaussianChain(Path):
         self._tables: dict[torch.device, Tensor] = {}
 
     def __call__(self, t: Shaped[Tensor, "*n"]) -> Level:
-        """Return `alpha` and `sigma` in float64, on the CPU where the device has none. Between the chain's times, their
-        angle is interpolated linearly."""
+        """Return `alpha` and `sigma` in float64; between the chain's times, their angle is interpolated linearly."""
         t = to_float64(t)
         below = t.long().clamp(max=self.num_timesteps - 2)
         table = self._angle.to(t.device)
@@ -115,8 +114,7 @@ class GaussianChain(Path):
 
 
 def check_model_times(model_times: Sequence[float]) -> tuple[float, float]:
-    """Return the backbone's time inputs at a diffusion's first and last time; raise `ValueError` unless they are two
-    different finite numbers."""
+    """Return the backbone's time inputs at both ends; raise `ValueError` unless they are different and finite."""
     if len(model_times) != 2 or not math.isfinite(sum(model_times)) or model_times[0] == model_times[1]:
         raise ValueError(f"--diffusion.model_times {list(model_times)}: give two different numbers, such as [0, 999]")
     return model_times[0], model_times[1]

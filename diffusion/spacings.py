@@ -14,8 +14,7 @@ RHO = 7  # Karras et al. 2022, table 1
 
 
 def spaced_times(path: Path, num_steps: int, spacing: str) -> Shaped[Tensor, " num_steps"]:
-    """Return ascending times by the name of a spacing, or by a text file of noise levels; a single step starts at the
-    last time."""
+    """Return ascending times by the name of a spacing or a file of noise levels; one step starts at the last time."""
     path.timesteps(num_steps)  # validates num_steps, for all spacings
     if num_steps == 1:
         return torch.tensor([path.max_time])
@@ -65,8 +64,7 @@ SPACINGS: dict[str, Callable[[Path, int], Tensor]] = {
 
 
 def times_at_ratios(path: Path, ratios: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """Convert ascending ratios sigma / alpha to times; the last is set to the path's last time, where the ratio may be
-    infinite."""
+    """Convert ascending ratios sigma / alpha to times; the last becomes the path's, where it may be infinite."""
     low, high = path.noise_range
     times = path.time_at(ratios.clamp(low, high)).double()
     times[-1] = path.max_time

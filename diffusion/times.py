@@ -45,8 +45,7 @@ def mode(
 
 
 def cosmap(num: int, generator: torch.Generator | None, device: Device) -> Float[Tensor, " num"]:
-    """Draw times whose log-SNR on a linear path is that of a cosine schedule at uniform times (Esser et al. 2024,
-    eq. 21)."""
+    """Draw times whose log-SNR on a linear path is that of a cosine schedule (Esser et al. 2024, eq. 21)."""
     tangent = torch.tan(0.5 * torch.pi * uniform(num, generator, device))
     return tangent / (tangent + 1)
 

@@ -49,8 +49,7 @@ class Transition(NamedTuple):
 
     @classmethod
     def chain(cls, alpha: Float[Tensor, " n"], sigma: Float[Tensor, " n"]) -> "Transition":
-        """Return the steps between adjacent levels of ascending noise, each coefficient [n]; the first leads to the
-        data."""
+        """Return the steps between levels of ascending noise, each coefficient [n]; the first leads to the data."""
         alpha_next = torch.cat([alpha.new_ones(1), alpha[:-1]])
         sigma_next = torch.cat([sigma.new_zeros(1), sigma[:-1]])
         steps = cls.between(alpha, sigma, alpha_next, sigma_next)

@@ -95,8 +95,7 @@ class Measurement:
 def measure(
     codec: LatentCodec, images: Source, distance: Distance, accelerator: Accelerator, batch_size: int
 ) -> Measurement:
-    """Measure an autoencoder on images, of which each process takes a share. Reconstructions are decoded from the mean
-    of the posterior."""
+    """Measure an autoencoder on images, shared by all processes; it decodes the mean of the posterior."""
     comparisons: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": psnr, "ssim": ssim}
     if distance.network is not None:
         comparisons[distance.name] = distance

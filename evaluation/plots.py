@@ -32,8 +32,7 @@ def render_page(template: str, **values: object) -> str:
 
 
 def make_figure(plot: Callable[[Any], bool]) -> Any:
-    """Create a matplotlib figure with a legend below. `plot` draws on the axes and returns False if it has nothing to
-    draw; then the result is None."""
+    """Create a figure with a legend below; None if `plot`, which draws on the axes, returns False."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator

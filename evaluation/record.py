@@ -49,22 +49,19 @@ def write_json(record: dict[str, Any], path: Path) -> None:
 
 
 def unfinished_path(path: Path, settings: str) -> Path:
-    """Path of what is scored until the record at `path` is finished; each evaluation of other `settings`, of which
-    several may run at a time, has its own."""
+    """Path of what is scored before the record at `path` is finished; other `settings` have another."""
     return path.with_name(f"{path.name}.unfinished-{hashlib.sha256(settings.encode()).hexdigest()[:8]}")
 
 
 def write_unfinished(record: dict[str, Any], path: Path) -> None:
-    """Write the record of what is scored so far, unless the file, of a process that was killed, already has as much.
-    Errors of the disk are ignored."""
+    """Write the record of what is scored so far, unless the file has as much; errors of the disk are ignored."""
     if _lost(_strict(record), _read_json(path)):
         with suppress(OSError):
             write_json(record, path)
 
 
 def remove_unfinished(record: dict[str, Any], path: Path) -> None:
-    """Remove the files of `write_unfinished` for the record at `path`, unless they have what the record lacks, of a
-    process that was killed."""
+    """Remove the files of `write_unfinished` for the record at `path`, unless they have what it lacks."""
     for unfinished in path.parent.glob(f"{glob.escape(path.name)}.unfinished*"):
         if ".before-" not in unfinished.name and not _lost(_read_json(unfinished), _strict(record)):
             unfinished.unlink(missing_ok=True)

@@ -128,8 +128,7 @@ def measured_values(figure: Figure, folder: Path, printed: str) -> float | None:
 
 
 def compare(table: Table, folder: Path) -> tuple[str, bool]:
-    """Compare a table of the document with the results in a folder; return the comparison as a table, and whether every
-    figure lies within its tolerance."""
+    """Compare a table with the results in a folder; return the comparison, and whether every figure agrees."""
     text, output = section(table.document.read_text(), table.section), folder / "output.txt"
     printed = output.read_text(errors="replace") if output.is_file() else ""
     lines, all_agree = [["figure", "stands", "obtained", "may differ by", "agrees"]], True
@@ -143,8 +142,7 @@ def compare(table: Table, folder: Path) -> tuple[str, bool]:
 
 
 def arguments(command: str, files: Mapping[str, str]) -> list[str]:
-    """Split a command so that it runs from any folder, with this Python and the programs and configurations of this
-    checkout. `files` maps placeholders in the command to paths."""
+    """Split a command to run anywhere, with this Python and checkout; `files` maps placeholders to paths."""
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     words = [str(ROOT / word) if re.match(r"[\w/]+\.(py|yaml)$", word) else word for word in words]
     for name, path in files.items():

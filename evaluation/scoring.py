@@ -108,8 +108,7 @@ class Scorer:
         return Reference(features, {**key, "features": path.name}, dataset.classes)
 
     def npz_reference(self, path: str, moments: Features | None, images: UInt8[Tensor, "n 3 h w"] | None) -> Reference:
-        """Create the reference of a file that `read_adm` read, from its moments, its images or both. Features that
-        moments cannot provide come from the images."""
+        """Create the reference of a file that `read_adm` read; its moments go before features of its images."""
         name, features = Path(path).name, moments
         if images is not None:
             features = self.extract(from_images(images, name))
@@ -210,8 +209,7 @@ class Scorer:
 
 
 def open_scorer(data: DataConfig, accelerator: Accelerator, evaluation: EvaluationConfig) -> tuple[Scorer, Reference]:
-    """Create a scorer and the reference of held-out images. A training calls this first, so that a missing extractor or
-    metric is noticed early."""
+    """Create a scorer and the reference of held-out images, so early that a missing extractor is noticed."""
     scorer = Scorer(evaluation, accelerator)
     return scorer, scorer.reference(data)
 

@@ -101,8 +101,7 @@ def matching_images(
 
 
 def reconstructions(source: Source, codec: Codec, device: torch.device, seed: int | None = None) -> Source:
-    """Reconstructions of a source by the autoencoder, decoded from the posterior's mean or, with a seed, from a sample
-    of the posterior."""
+    """Reconstructions by the autoencoder, from the posterior's mean or, with a seed, a sample of it."""
 
     def encode(batch: ImageBatch) -> Tensor:
         images = batch.images.to(device)

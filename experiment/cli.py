@@ -73,8 +73,7 @@ ELSEWHERE = {
 
 
 def suggest_flag(message: str, parser: ArgumentParser, dashes: str = "--") -> str:
-    """If an error message names an unknown setting, suggest those of the parser that mean the same or have the closest
-    names."""
+    """If an error names an unknown setting, suggest those of the parser that mean the same or look alike."""
     match = re.search(r"unrecognized arguments: --([\w.-]+)|ption '([\w.]+)'", message)
     if match is None:
         return ""
@@ -142,8 +141,7 @@ def parse(
 
 
 def find_imports(arguments: list[str]) -> list[str]:
-    """Find the value of `imports` in flags or in a file of `--config`, before these are parsed. Expects the output of
-    `quote_names`."""
+    """Find the value of `imports` in flags (after `quote_names`) or in a file of `--config`, before parsing."""
     names: list[str] = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         flag, has_value, value = argument.partition("=")
@@ -169,8 +167,7 @@ def run_main(
 
 
 def run_program(program: Callable[..., Any] | list[Callable[..., Any]], *, as_positional: bool = False) -> None:
-    """Run a function with its arguments as flags, or the one of several that the command line names. Errors are
-    reported as by `parse`."""
+    """Run a function with its arguments as flags, or the one of several that is named; errors as by `parse`."""
     with one_line_errors():
         auto_cli(program, as_positional=as_positional, parser_class=Parser, allow_abbrev=False)
 

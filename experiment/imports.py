@@ -95,8 +95,7 @@ def _files_of(name: str) -> dict[str, Path]:
 
 
 def _imported_by(file: Path) -> dict[str, Path]:
-    """Find the user's modules that a file imports, directly or not: those that are neither installed nor part of Python
-    or of this repository."""
+    """Find the user's modules that a file imports, directly or not: not installed ones, Python's or this project's."""
     installed = [Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")]
     rooms = {path.parent.name for path in Path(__file__).parents[1].glob("*/__init__.py")}
     files: dict[str, Path] = {}

@@ -17,8 +17,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def from_dict(hint: Any, values: Any) -> Any:
-    """Restore a configuration of type `hint` from the result of `to_dict`, without parsing its values. Missing settings
-    get their defaults."""
+    """Restore a configuration of type `hint` from `to_dict`, unparsed; missing settings get their defaults."""
     if is_dataclass(hint):
         hints = get_type_hints(hint)
         return cast(Any, hint)(**{name: from_dict(hints.get(name), value) for name, value in upgrade(values).items()})

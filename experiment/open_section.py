@@ -12,8 +12,7 @@ REPLACED = ("__init__", "__repr__", "__eq__", "__hash__", "__match_args__", "__d
 
 
 def signature_settings(preset: Callable[..., Any]) -> dict[str, Parameter]:
-    """The parameters of a function or class without `self`. Their annotations are evaluated, or else inferred from the
-    defaults."""
+    """The parameters of a function or class without `self`, with annotations, else inferred from defaults."""
     namespace = vars(sys.modules[preset.__module__])
 
     def hint(parameter: Parameter) -> Any:

@@ -26,8 +26,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
-    """Write a checkpoint folder whose files `fill` creates. If that fails with an OSError, all older checkpoints
-    remain, including one of the same step."""
+    """Write a checkpoint folder, filled by `fill`; after an OSError all older ones remain, of this step too."""
     partial, aside = _hidden_path(target, "partial"), _hidden_path(target, "aside")
     _restore_moved(target.parent)
     for left_over in [*target.parent.glob(".*.partial"), *target.parent.glob(".*.aside")]:
@@ -61,8 +60,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def paths_by_step(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """Paths named by a step only, in order: folders such as `00000100` or, with a suffix, files such as
-    `00000100.png`."""
+    """Paths named by a step only, in order: folders like `00000100`, or with a suffix files."""
     paths = [path for path in folder.glob(f"[0-9]*{suffix}") if path.name.removesuffix(suffix).isdecimal()]
     paths = [path for path in paths if path.is_dir() != bool(suffix)]
     return {int(path.stem): path for path in sorted(paths, key=lambda path: int(path.stem))}
@@ -124,8 +122,7 @@ class Best:
 
 
 def mark_best(folder: Path, step: int | None) -> bool:
-    """Point the link `folder/best` to this step's checkpoint, or remove it if there is none. Return whether it
-    exists."""
+    """Point the link `folder/best` to this step's checkpoint, if it exists, else remove it; return which."""
     if step is None or not checkpoint_path(folder, step).is_dir():
         (folder / BEST).unlink(missing_ok=True)
         return False

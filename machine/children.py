@@ -88,8 +88,7 @@ def _signal_all(processes: Sequence[Any], number: int) -> None:
 
 
 def wait_in_handler(process: subprocess.Popen) -> None:
-    """Wait for a process inside a signal handler, where `process.wait()` could deadlock on the interrupted wait's
-    lock."""
+    """Wait for a process inside a signal handler, where `process.wait()` could deadlock on its lock."""
     import psutil
 
     with suppress(psutil.NoSuchProcess):
@@ -105,8 +104,7 @@ def handling_signals(
     *,
     stays_ignored: Sequence[signal.Signals] = STOPS,
 ) -> Iterator[None]:
-    """Context in which these signals call `handle`. Those in `stays_ignored` stay ignored if they already were, as
-    under nohup."""
+    """Context in which signals call `handle`; those in `stays_ignored` stay ignored if they were, as under nohup."""
     before = {number: signal.getsignal(number) for number in numbers}
     for number in stays_ignored:
         if before[number] is signal.SIG_IGN:

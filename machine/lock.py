@@ -13,8 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def taking_turns(folder: Path) -> Iterator[None]:
-    """Context that one process at a time is in, for each folder. It needs no file; file systems without locks have no
-    turns."""
+    """Context that one process at a time is in, for each folder; without locks in the file system, all are."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

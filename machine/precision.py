@@ -21,8 +21,7 @@ WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE
 
 
 def choose_precision(asked: str, device: torch.device) -> str:
-    """Resolve 'auto' to 'bf16' if the device has instructions for it, else to 'fp32'; return other choices as they
-    are."""
+    """Resolve 'auto' to 'bf16' if the device has instructions for it, else to 'fp32'; others stay."""
     check_name("precision", asked, ("auto", *MIXED))
     if asked == "auto":
         return "bf16" if has_bf16(device)[0] else "fp32"

@@ -110,8 +110,7 @@ class AdaptiveWaiting:
 
 
 def adapt_waiting(say: Callable[[str], object]) -> str:
-    """Start to adapt how threads wait, unless the environment fixes it, and describe the choice. The first later change
-    is reported through `say`."""
+    """Start to adapt how threads wait, unless the environment says; describe it, and `say` the first change."""
     if torch.get_num_threads() == 1:
         return "1 thread"
     threads = f"{torch.get_num_threads()} threads"

@@ -114,8 +114,7 @@ def train_classifier(
 def augment(
     pixels: Float[Tensor, "b c h w"], generator: Generator, *, mirror: bool = False
 ) -> Float[Tensor, "b c h w"]:
-    """Shift each image by up to a sixteenth of its height, blur half of them, and add noise of random strength up to
-    0.1; `mirror` also flips half of them."""
+    """Shift by up to a sixteenth, blur half of the images, add noise up to 0.1; `mirror` also flips half of them."""
     b, _, h, w = pixels.shape
     max_shift = h // 16
     padded = F.pad(pixels, [max_shift] * 4, mode="replicate")

@@ -20,8 +20,7 @@ class Cost:
 
 
 def cost(model: nn.Module, *, latent_shape: tuple[int, int, int], num_classes: int = 0) -> Cost:
-    """Count parameters and FLOPs (matrix products, convolutions and attention) for one image of `latent_shape` (c, h,
-    w)."""
+    """Count parameters and FLOPs (products, convolutions, attention) for an image of `latent_shape` (c, h, w)."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     first = next(model.parameters(), torch.zeros(()))
     x_t = torch.zeros(1, *latent_shape, device=first.device, dtype=first.dtype)
@@ -42,8 +41,7 @@ def cost(model: nn.Module, *, latent_shape: tuple[int, int, int], num_classes: i
 def throughput(
     function: Callable[[], object], *, batch_size: int, num_repeats: int = 5, device: torch.device | str = "cpu"
 ) -> float:
-    """Measure images per second of a function that processes `batch_size` images per call: the median of `num_repeats`
-    calls after a warm-up."""
+    """Measure images per second of a function: the median of `num_repeats` calls after a warm-up."""
     device = torch.device(device)
 
     def timed() -> float:

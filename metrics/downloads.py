@@ -35,8 +35,7 @@ def hub_answers(seconds: float = 3.0) -> bool:
 
 
 def download(url: str, name: str, flag: str) -> Path:
-    """Download a public file to torch hub's cache under this name, unless it is there, and return its path. An error
-    becomes a sentence that begins with `flag`."""
+    """Download a public file to torch hub's cache, unless it is there; an error's sentence begins with `flag`."""
     import torch  # not at the top: `doctor.py --help` imports this module
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / name

@@ -41,8 +41,7 @@ class ExtractorError(ValueError):
 
 
 class ProgramExtractor(nn.Module):
-    """A program that maps uint8 RGB [n 3 h w] to features [n d] and class probabilities [n k]. Returns features and
-    log-probabilities."""
+    """A program from uint8 RGB [n 3 h w] to features [n d] and probabilities [n k], which become logarithms."""
 
     def __init__(self, path: str) -> None:
         super().__init__()

@@ -22,8 +22,7 @@ from metrics.scores import DEFAULT, INCEPTION, PER_IMAGE, required_features
 
 @dataclass(frozen=True)
 class Features:
-    """The features of a set of images and their statistics, on the CPU, in the order of the images' indices. What the
-    requested metrics do not need is None."""
+    """Features of a set of images and their statistics, on the CPU, in order; what no metric needs is None."""
 
     moments: Moments
     spatial: Moments | None = None  # moments of Inception's spatial features, for sFID
@@ -144,8 +143,7 @@ class Extractor:
         return self.module(images)
 
     def _move_to_cpu(self, error: Exception) -> None:
-        """Move the network to the CPU if `error` says that its device lacks an operation, or float64, as Apple's do;
-        otherwise raise `error`."""
+        """Move the network to the CPU if its device lacks an operation, or float64; otherwise raise `error`."""
         is_unsupported = isinstance(error, NotImplementedError) or "float64" in str(error)  # TorchScript changes types
         if self.device.type == "cpu" or not is_unsupported:
             raise error

@@ -88,8 +88,7 @@ def _mean(result: dict[str, float], name: str, num: int, over: str) -> Score:
 
 
 def class_distances(samples: Features, reference: Features, min_images: int = 50) -> dict[int, Score]:
-    """Compute the Fréchet distance within each class of the reference; it is None, with a reason, for classes with too
-    few images."""
+    """Compute the Fréchet distance within each class; None, with a reason, for classes with too few images."""
     if samples.features is None or reference.features is None or samples.labels is None or reference.labels is None:
         raise ValueError("--per_class: it needs samples and reference with a class each")
     scores = {}

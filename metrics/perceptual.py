@@ -109,8 +109,7 @@ NETWORKS: dict[str, type[nn.Module]] = {"vgg19": VGG19Features, "lpips": LPIPSFe
 
 
 def perceptual_network(name: str, heads: str | None = None) -> nn.Module:
-    """Load a frozen network by its name in `NETWORKS` or from the file of a program. `heads` is the file of LPIPS's
-    weights, by default downloaded."""
+    """Load a frozen network by name, or a program's file; `heads` is LPIPS's file, by default downloaded."""
     if name not in NETWORKS and not Path(name).is_file():
         raise ValueError(
             f"network {name}: no such file; choose from {', '.join(NETWORKS)}, or a program (.pt2) that you trust"

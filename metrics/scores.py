@@ -147,8 +147,7 @@ def metric_name(metric: str, kind: str, extractor: str) -> str:
 
 
 def find_metric(score: str) -> tuple[str, Metric | None]:
-    """Return name and row of the metric behind a score such as "frechet_distance[vgg16]" or "fid, halves". The row of
-    an unknown metric is None."""
+    """Return name and row, None if unknown, of the metric of a score such as "frechet_distance[vgg16]"."""
     name = score.partition("[")[0].partition(",")[0]
     for metric, row in METRICS.items():
         if name == metric or (row.elsewhere and name == row.elsewhere[0]):

@@ -85,8 +85,7 @@ def is_downloaded(name: str) -> bool:
 
 
 def load_timm(name: str, weights_path: str | Path | None = None) -> TimmFeatures:
-    """Load a model with timm's weights, or with those of a file; if the file lacks the classifier's, the model has
-    features only."""
+    """Load a model with timm's weights or a file's; without the classifier's, it has features only."""
     settings: dict[str, Any] = {}
     if weights_path is not None:
         state_dict = load_state_dict(str(weights_path), weights_only=True)

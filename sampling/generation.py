@@ -83,8 +83,7 @@ class Generator:
         generators: list[torch.Generator],
         start: int | float | None = None,
     ) -> UInt8[Tensor, "b 3 H W"]:
-        """Run the sampler from initial noise or, with `start`, from `x_t` at that time, and decode. There is a
-        generator per image, for random steps."""
+        """Run the sampler from noise, or from `x_t` at `start`, with a generator per image, and decode."""
         with inference_autocast(self.accelerator.device, precision_of(self.accelerator), self.model, self.guide_model):
             x_0 = sample(
                 self.diffusion,
@@ -113,8 +112,7 @@ def create_generator(
     model: nn.Module | None = None,
     **callbacks: Any,
 ) -> Generator:
-    """Create the generator of a checkpoint, with its guide. `model` holds the averaged weights if they are already
-    loaded."""
+    """Create the generator of a checkpoint, with its guide; `model` if its weights are already loaded."""
     diffusion, size = checkpoint.build_diffusion(), checkpoint.image_size
     codec_shape, model_shape = codec.latent_shape(*size), (checkpoint.spec.in_channels, *checkpoint.spec.input_size)
     if codec_shape != model_shape:

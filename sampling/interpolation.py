@@ -13,8 +13,7 @@ from sampling.generation import Generator
 
 
 class ClassMixture(nn.Module):
-    """Mixes a model's predictions for two classes linearly. Its labels are indices of `shares`, the weights of the
-    second class."""
+    """Mixes predictions for two classes linearly; labels are indices of `shares`, the second's weights."""
 
     def __init__(self, model: nn.Module, labels: tuple[int, int], shares: Float[Tensor, " n"]) -> None:
         super().__init__()

@@ -142,8 +142,7 @@ def has_diverged(losses: Sequence[float]) -> bool:
 
 
 def suggest_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
-    """A tenth of the rate at which the smoothed loss is lowest. Raises ValueError if the rates are too low or too high
-    to show a minimum."""
+    """A tenth of the rate with the lowest smoothed loss; ValueError if the rates show no minimum."""
     if not has_diverged(losses):
         raise ValueError(f"--rates.highest {rates[-1]:g}: the loss does not diverge up to there; raise it")
     best = _argmin(losses)

@@ -143,8 +143,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def scoring_differences(runs: Sequence[Run]) -> list[str]:
-    """Names of the entries of `scored_with` that differ between scored runs, or from a run's own configuration, which
-    the table shows too."""
+    """Names of entries of `scored_with` that differ between runs, or from a run's own configuration."""
 
     def differs(name: str) -> bool:
         values = [(run.scored_with.get(name), run.config.get(f"sampling.{name}")) for run in runs if run.scored_with]

@@ -33,8 +33,7 @@ class Training:
     here: bool = False
 
     def __call__(self) -> int:
-        """Run the training and return its exit status, 75 if it was stopped and can be resumed. Raises RuntimeError if
-        it fails."""
+        """Run the training; return its exit status, 75 if it can be resumed. Raises RuntimeError if it fails."""
         (self.run / STOPPED).unlink(missing_ok=True)
         launch = [sys.executable]
         if self.gpus > 1:

@@ -72,8 +72,7 @@ def with_download_errors(items: Iterator[Item], config: PrepareConfig) -> Iterat
 
 
 def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, source: str) -> dict[str, Any]:
-    """Write the images as PNG, uncompressed in a zip, and the manifest. A failure leaves no files, and a zip of other
-    images is kept."""
+    """Write PNGs uncompressed in a zip, and the manifest; a failure leaves no files, other zips are kept."""
     from tqdm import tqdm
 
     from data.pixels import fit, to_rgb

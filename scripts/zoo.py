@@ -195,8 +195,7 @@ def read_scores(paths: list[Path], checkpoint: Any) -> tuple[dict[str, tuple[str
 
 
 def entry(by_hand: dict[str, Any], root: Path = ROOT) -> dict[str, Any]:
-    """Compose the row of a checkpoint in the repository from the entries by hand and from the weights, their model card
-    or their metrics."""
+    """Compose a checkpoint's row from the entries by hand, the weights, and their card or metrics."""
     from checkpoints.checkpoint import read_metadata  # imports torch, for which --help should not wait
 
     folder = root / by_hand["folder"]

@@ -142,8 +142,7 @@ class Page:
         return [[], gr.Slider(visible=False), command, *images]
 
     def show_nearest(self, runs, *inputs) -> Iterator[Any]:
-        """Show the first run's pictures above their nearest training images. Yields between the steps of the work, so
-        that gradio can cancel it there."""
+        """Show the first run's pictures above their nearest training images; yields where gradio may cancel."""
         with errors_on_page():
             (request,) = self.make_requests(runs if isinstance(runs, str) else (runs or [])[:1], *inputs)
             images = torch.empty(0)

@@ -206,8 +206,7 @@ class _Stopped(Exception):
 def _stream(
     sample: Callable[[Callable[[int, Tensor, Tensor], None]], Tensor], shown_steps: set[int], num_steps: int
 ) -> Iterator[tuple[int, Tensor]]:
-    """Run a sampler, which is given a callback, in a thread; yield (steps done, `x_0`) at the given steps, counted from
-    0, and at the end its samples."""
+    """Run a sampler in a thread; yield (steps done, `x_0`) at the given steps, and at the end its samples."""
     results: queue.Queue[tuple[int, Tensor] | BaseException] = queue.Queue()
     stopped = threading.Event()
 

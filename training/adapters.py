@@ -69,8 +69,7 @@ def add_lora(model: Backbone, rank: int, seed: int) -> None:
 
 
 class Merged(nn.Module):
-    """A view of a backbone with its adapter merged into the weights, under the names of a backbone without adapter.
-    Averages and checkpoints store this view."""
+    """A view of a backbone with its adapter merged, under a plain backbone's names, for averages and checkpoints."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -105,8 +105,7 @@ def open_alignment(
 
 @torch.no_grad()
 def _block_at(backbone: Backbone, depth: float) -> tuple[nn.Module, int, tuple[int, int]]:
-    """Find the block at a relative depth, the width of its hidden states, and the height and width of their grid, by
-    running the backbone up to this depth."""
+    """Find the block at a relative depth, its states' width and their grid, by running the backbone to there."""
     device, was_training, own_blocks = next(backbone.parameters()).device, backbone.training, backbone.repeated_blocks()
     if device.type == "meta":  # it will be sharded
         backbone = deepcopy(backbone).to(device)

@@ -51,8 +51,7 @@ def open_problem(run: Run[ExperimentConfig]) -> Problem:
 
 
 def build_backbone(run: Run[ExperimentConfig], problem: Problem) -> Backbone:
-    """Create the backbone on the device or, if it is to be sharded, this process's shards of it. A new run with
-    `init_from` starts from those weights."""
+    """Create the backbone, or this process's shards, on the device; a new run starts from `init_from`."""
     config, accelerator = run.config, run.accelerator
     model = share_batch_norms(_shards_of(problem.spec, accelerator) or problem.spec.build(), accelerator)
     if not accelerator.is_fsdp2:
@@ -88,8 +87,7 @@ def _shards_of(spec: ModelSpec, accelerator: Accelerator) -> Backbone | None:
 def build_objective(
     run: Run[ExperimentConfig], problem: Problem, model: Backbone
 ) -> tuple[Objective, LatentCache | None]:
-    """Create the objective with its auxiliary terms and alignment, and open the features of the training images that
-    the alignment needs."""
+    """Create the objective, and open the features of the training images that its alignment needs."""
     diffusion, device = problem.diffusion, run.accelerator.device
     alignment, features = open_alignment(run, model, problem.images)
     auxiliary = build_auxiliary(run.config.auxiliary, model, problem.codec, device, clean_time(diffusion))
@@ -107,8 +105,7 @@ def build_batches(
 
 
 def prepare(run: Run[ExperimentConfig], model: Backbone, objective: Objective) -> tuple[nn.Module, Optimizers]:
-    """Prepare the model for training: adapter, recomputation, compilation, casts and distribution over processes.
-    Return the model to call, and the optimizers."""
+    """Prepare for training: adapter, recomputation, compilation, casts, processes; return model and optimizers."""
     config, accelerator = run.config, run.accelerator
     if config.train.adapter:
         accelerator.print(adapt(model, config.train, type(objective), accelerator))

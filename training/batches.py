@@ -76,8 +76,7 @@ class Batches:
         self._features = None if features is None else Reader(features, self._order, self._share, device)
 
     def micro_batches(self, step: int, order: int = 0) -> Iterator[Batch]:
-        """Iterate over this process's micro-batches of an optimizer step; `order` selects the permutations of
-        epochs."""
+        """Iterate over this process's micro-batches of an optimizer step, in the permutations of `order`."""
         train, diffusion, device = self.train, self.objective.diffusion, self.device
         shape = (train.batch_size, *self.codec.latent_shape(*self.cache.image_size))
 
@@ -165,8 +164,7 @@ class Reader:
 
 
 class BalancedStream:
-    """An endless stream of class-balanced rounds: each has one image of every class, in random order. The images of a
-    class come in permuted epochs."""
+    """An endless stream of rounds with one image of every class, in random order; each class in permuted epochs."""
 
     def __init__(self, labels: Int64[Tensor, " n"], seed: int) -> None:
         sizes = labels.bincount()

@@ -20,8 +20,7 @@ def errors_as_warnings(what: object) -> Iterator[None]:
 
 @errors_as_warnings("loss.png")
 def draw_curve(run: Path) -> None:
-    """Plot training and validation loss over the steps as `loss.png`, and a panel for each score that was measured
-    during the training."""
+    """Plot training and validation loss over the steps as `loss.png`, with a panel for each score."""
     from matplotlib.figure import Figure
 
     from metrics.scores import column_title, is_lower_better
@@ -74,8 +73,7 @@ def label_by_numbers(axis: Any) -> None:
 
 @errors_as_warnings("progress.png")
 def draw_progress(run: Path, at_most: int = 10) -> None:
-    """Combine a run's sample grids, which share their noise, in `progress.gif`, and up to `at_most` of them in
-    `progress.png`."""
+    """Combine a run's sample grids in `progress.gif`, and up to `at_most` of them in `progress.png`."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, left = ImageFont.load_default(size=11), 80

@@ -54,8 +54,7 @@ class Guard:
         return False
 
     def must_roll_back(self, *, has_checkpoint: bool) -> bool:
-        """Whether too many steps in a row were skipped. Raises TrainingDivergedError if so and there is no checkpoint
-        or no rollback left."""
+        """Whether too many steps were skipped; TrainingDivergedError if so, with no checkpoint or rollback left."""
         if self.in_a_row < self.patience:
             return False
         if not has_checkpoint or self.rollbacks == self.max_rollbacks:

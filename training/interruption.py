@@ -67,8 +67,7 @@ class Interruption:
             raise SystemExit(EXIT_CODE) from None
 
     def begin(self) -> None:
-        """Start the training loop. From here on several processes stop together, as one that left would break the
-        others' step."""
+        """Start the loop: from here on several processes stop together, or one would break the others' step."""
         self.stops_immediately = self.accelerator.num_processes == 1
 
     def synchronize(self, number: Float[Tensor, ""], *, save_due: bool = False) -> float:
@@ -94,8 +93,7 @@ class Interruption:
 
     @contextmanager
     def interruptible(self, *, can_save: bool, save: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Context for long work that can be repeated, such as scoring: a signal interrupts it, and then calls `save`.
-        Only processes with `can_save` react."""
+        """Context for long, repeatable work: if a process `can_save`, a signal interrupts it and calls `save`."""
         self.stops_immediately = can_save
         try:
             if self.received and can_save:

@@ -17,8 +17,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 class Log:
-    """Writes events as lines of JSON and sends them to the trackers. A run that continues at a `step` removes later
-    events."""
+    """Writes events as lines of JSON and to the trackers; a run that continues removes events after `step`."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, config: dict, step: int = 0) -> None:
         self.path, self.accelerator = folder / "log.jsonl", accelerator

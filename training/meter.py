@@ -15,8 +15,7 @@ T = TypeVar("T")
 
 
 class Meter:
-    """Accumulates loss terms; returns their means, the loss by quarter of the noise level, speed and other
-    statistics."""
+    """Accumulates loss terms; returns means, also by quarter of the noise level, speed and other statistics."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

@@ -103,8 +103,7 @@ def _newton_schulz_gram(x: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
 
 
 def split_for_muon(model: Backbone) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Split a backbone's parameters into the weights of linear layers in repeated blocks, for Muon, and all others:
-    embeddings, stems, norms, heads."""
+    """Split parameters into the linear weights of repeated blocks, for Muon, and all others."""
     layers = [layer for block in model.repeated_blocks() for layer in block.modules() if isinstance(layer, nn.Linear)]
     weights = {layer.weight for layer in layers}
     matrices = [parameter for parameter in model.parameters() if parameter in weights]

@@ -69,8 +69,7 @@ class Objective:
         return self.diffusion.draw_loss_args(shape, generator, device)
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
-        """Compute the per-sample `loss` to minimise, and its terms. In validation, `phase` is None, and only terms that
-        compare between steps are included."""
+        """Compute the per-sample `loss` and its terms; in validation, without a phase, only comparable ones."""
         alignment = None if phase is None else self.alignment
         network = model if alignment is None else RecordingModel(model, alignment)
         auxiliary = self.auxiliary_terms(phase)
@@ -115,8 +114,7 @@ class Perceptual:
 
 
 class FeatureMatching:
-    """Feature matching: squared distance of the backbone's own activations for the predicted and the true `x_0`, both
-    at time 0."""
+    """Feature matching: distance of the backbone's own activations for predicted and true `x_0`, at time 0."""
 
     is_fixed = False
 

@@ -68,8 +68,7 @@ def split_weight_decay(weights: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int, epoch_steps: float = 1.0) -> float:
-    """Learning rate of a step: linear warm-up, then decay over the `num_steps` of a phase. `epoch_steps` is the number
-    of steps per epoch."""
+    """Learning rate of a step: linear warm-up, then decay over a phase's steps; `epoch_steps` make an epoch."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     if config.decay == "cosine":

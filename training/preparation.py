@@ -106,8 +106,7 @@ def forecast(
     num_steps: int,
     images_per_step: int,
 ) -> str:
-    """Estimate the time of a training on a CPU from the loss of a batch, and describe it in words. The model and the
-    random state do not change."""
+    """Estimate the time of a training on a CPU from the loss of a batch, in words; nothing is changed."""
     batch_size, per_image = 8, 0.0
     x_0, y = torch.zeros(batch_size, spec.in_channels, *spec.input_size), torch.zeros(batch_size, dtype=torch.int64)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), accelerator.autocast():

@@ -23,8 +23,7 @@ OUTPUTS = (SNAPSHOTS, "log.jsonl", "tracking", "samples*", "scores*", "progress.
 
 
 def start_or_resume(config: R, say: Callable[[str], None]) -> tuple[R, Path | None]:
-    """Prepare a run's folder; return the configuration, and the checkpoint to resume or None for a new run, which must
-    not mix with what is in the folder."""
+    """Prepare a run's folder; return configuration and checkpoint, None for a new run, which needs it empty."""
     run = config.folder
     if (run / "plan.json").is_file():
         raise FileExistsError(f"{run} holds an ablation; give another --name")
@@ -109,8 +108,7 @@ LENGTHS = {"train.num_steps", "train.num_epochs", "train.max_hours"}
 
 
 def former_settings(checkpoint: Path, config: RunConfig) -> list[dict[str, Any]]:
-    """The former settings of a resumed run's training, oldest first: `settings` by flag, and the step `until` which
-    they were in use."""
+    """Former settings of a resumed training, oldest first: `settings` by flag, `until` a step."""
     metadata = read_metadata(checkpoint / WEIGHTS)
     history = json.loads(metadata.get("history", "[]"))
     former, now = (flatten(json.loads(text)) for text in (metadata.get("config", "{}"), json.dumps(config.to_dict())))
@@ -120,8 +118,7 @@ def former_settings(checkpoint: Path, config: RunConfig) -> list[dict[str, Any]]
 
 
 def changed_metric(checkpoint: Path, config: RunConfig, identity: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """List changed settings that affect the value of `log.best`, which makes earlier values incomparable. Each is given
-    with its former value."""
+    """List changed settings, with former values, that make earlier values of `log.best` incomparable."""
     metadata, flags = read_metadata(checkpoint / WEIGHTS), flatten(json.loads(json.dumps(config.to_dict())))
     if flags.get("log.best") is None or "config" not in metadata:
         return []

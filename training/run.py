@@ -38,8 +38,7 @@ Inspection = Callable[[int], Mapping[str, float]]  # an inspection: takes the st
 
 @contextmanager
 def open_run(config: R, **options: Any) -> Iterator["Run[R]"]:
-    """Context that sets up a training: the Accelerator, the locked folder and the checkpoint to resume. `options` are
-    those of `open_accelerator`."""
+    """Context of a training: Accelerator (with `options`), locked folder, and the checkpoint to resume."""
     available = [str(tracker) for tracker in get_available_trackers()]
     for tracker in config.log.trackers:
         if tracker not in available:
@@ -84,8 +83,7 @@ class Run(Generic[R]):
         self._plotted_at = time.monotonic()  # time of the newest plot of the losses, or of the start
 
     def check_identity(self, **parts: Mapping[str, Any]) -> None:
-        """Check that latents and splits are those of the resumed checkpoint; see
-        `checkpoints.checkpoint.check_identity`."""
+        """Check that latents and splits are those of the resumed checkpoint, by `checkpoint.check_identity`."""
         self.identity = parts
         if self.checkpoint is not None:
             check_identity(self.checkpoint / WEIGHTS, parts, any_decoder=True)
@@ -101,8 +99,7 @@ class Run(Generic[R]):
         keep_every: int = 0,
         **metadata: Any,
     ) -> None:
-        """Load the state of the checkpoint, if the run is resumed, and open the log. `metadata` are further entries for
-        checkpoints."""
+        """Load the checkpoint's state, if the run is resumed, and open the log; `metadata` is for checkpoints."""
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
         self.best, self.keep_every = best or Best(), keep_every
         if (checkpoint := self.checkpoint) is not None:
@@ -186,8 +183,7 @@ class Run(Generic[R]):
         self.log.write(self.step + 1, skipped=guard.skipped, source_indices=source_indices)
 
     def inspect(self, *inspections: Inspection) -> None:
-        """Run inspections, log their values, and save a checkpoint if it is the best. A signal interrupts inspections;
-        a resumed run then repeats them."""
+        """Run inspections, log their values, save if one is the best; interrupted ones are repeated on resuming."""
         self._inspected = not inspections
         if not inspections:
             return

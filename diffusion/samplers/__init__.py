@@ -63,8 +63,7 @@ def num_steps_for(options: SamplingOptions, diffusion: Diffusion) -> int:
 
 
 def num_calls(diffusion: Diffusion, options: SamplingOptions) -> int:
-    """Count a sampler's calls of the model, by running it on a single number. A guided one may be on twice the batch,
-    see `num_evaluations`."""
+    """Count a sampler's calls of the model, by a run on one number; see `num_evaluations` for guided ones."""
     return len(_guidance_scales(diffusion, options))
 
 
@@ -216,8 +215,7 @@ def randn_like(like: Tensor, generator: Generators | None = None) -> Tensor:
 
 
 def _send(noise: Tensor, device: torch.device) -> Tensor:
-    """Move noise to a device. The CPU does not wait for the copy, so it draws the noise of the next step while a GPU
-    still computes this one."""
+    """Move noise to a device without waiting, so that the CPU draws the next while a GPU computes this step."""
     if noise.device.type != "cpu" or device.type == "mps":  # only copies out of pinned memory can be left to run
         return noise.to(device)
     return (noise.pin_memory() if device.type == "cuda" else noise).to(device, non_blocking=True)

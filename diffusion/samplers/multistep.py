@@ -107,8 +107,7 @@ def correct(x_t: Tensor, at: Transition, x_0: Tensor, earlier: Earlier | None, x
 def fit_parabola(
     x_0: Tensor, near: tuple[Tensor | float, Tensor], far: tuple[Tensor | float, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return slope and curvature of `x_0 + slope u + curvature u^2` through two more points (u, value). The u of `far`
-    may be infinite."""
+    """Return slope and curvature of a parabola from `x_0` through two points (u, value); the far u may be infinite."""
     (u_1, x_0_1), (u_2, x_0_2) = near, far
     first, second = (x_0_1 - x_0) / u_1, (x_0_2 - x_0) / u_2
     curvature = (second - first) / (u_2 - u_1)

@@ -50,8 +50,7 @@ def make_qk_norms(qk_norm: bool, head_dim: int) -> tuple[nn.Module, nn.Module]:
 
 
 class SelfAttention(nn.Module):
-    """Global multi-head self-attention; `rotary` is applied to queries and keys. An extra `token` adds a key and a
-    value, but no query."""
+    """Global multi-head self-attention with `rotary`; an extra `token` adds a key and a value, but no query."""
 
     def __init__(
         self, dim: int, num_heads: int, *, qkv_bias: bool = True, qk_norm: bool = False, rotary: nn.Module | None = None

@@ -26,8 +26,7 @@ def sinusoids(t: Times, dim: int, max_period: float = 10_000) -> Float[Tensor, "
 
 
 class TimeEmbedding(nn.Module):
-    """A two-layer MLP on the sinusoids of the time. `std` is the standard deviation of its initial weights; None keeps
-    torch's initialisation."""
+    """A two-layer MLP on the sinusoids of the time; `std` of its initial weights, None keeps torch's."""
 
     def __init__(self, dim: int, std: float | None = SMALL) -> None:
         super().__init__()
@@ -183,8 +182,7 @@ def make_rotary(positions: str, head_dim: int, grid: tuple[int, int], num_others
 
 
 def sincos_2d(dim: int, height: int, width: int) -> Float[Tensor, "n dim"]:
-    """Return fixed sin-cos embeddings of a grid in row-major order: half the channels for the column, half for the
-    row."""
+    """Return fixed sin-cos embeddings of a grid in row-major order, half the channels for the column."""
     if dim % 4:
         raise ValueError(f"dim={dim} must be a multiple of 4 for 2-D sin-cos positions")
     omega = 10_000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))

@@ -65,8 +65,7 @@ class Offset(nn.Module):
 
 
 class Gate(nn.Module):
-    """Scales a residual branch by a linear layer of the conditioning; zero-initialised, so the branch is off at first
-    (adaLN-zero)."""
+    """Scales a residual branch by a linear layer of the conditioning, which is zero at first (adaLN-zero)."""
 
     def __init__(self, cond_dim: int, dim: int) -> None:
         super().__init__()

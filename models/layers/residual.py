@@ -98,8 +98,7 @@ class TransposedUpsample(nn.Module):
 
 
 class NearestUpsample(nn.Module):
-    """Nearest-neighbour upsampling to `size` and a 3x3 convolution, free of checkerboard artefacts (Odena et al.
-    2016)."""
+    """Nearest-neighbour upsampling and a 3x3 convolution, without checkerboard artefacts (Odena et al. 2016)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

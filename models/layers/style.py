@@ -42,8 +42,7 @@ class SiluGate(nn.Module):
 
 
 class SwiGlu(nn.Sequential):
-    """An MLP with a gated activation (SwiGLU, Shazeer 2020). Its hidden width is 2/3 of `hidden_dim`, so it has as many
-    parameters as `Mlp`."""
+    """A gated MLP (SwiGLU, Shazeer 2020) with 2/3 of `hidden_dim`, so with as many parameters as `Mlp`."""
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
@@ -60,8 +59,7 @@ MLPS: dict[str, Callable[[int, int, nn.Module | None], nn.Module]] = {
 
 
 class DropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016): adds a residual branch to `x`; in training, drops the branch of each sample
-    with probability `drop_prob`."""
+    """Stochastic depth (Huang et al. 2016): in training, drops a sample's residual branch with `drop_prob`."""
 
     def __init__(self, drop_prob: float) -> None:
         super().__init__()
