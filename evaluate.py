@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from checkpoints.hub import is_checkpoint_name
 from experiment.cli import run_main
@@ -70,6 +70,7 @@ class EvaluateConfig(EvaluationFlags):
         latex: also write the table for LaTeX (booktabs), as .tex beside the JSON, with the runs' names as rows
         seed: seed of samples and of subsets
         precision: of sampling: 'auto' (bf16 if the device has instructions for it, else fp32), 'fp32' or 'bf16'
+        compile: of sampling: torch.compile the backbone's blocks ('blocks'), and launch each as a CUDA graph ('graphs')
         autoencoder: replaces the checkpoint's; without samples, the one to measure, or several separated by commas
         perceptual: for measuring autoencoders, the network that compares images: 'lpips', 'vgg19', or a .pt2 or
             TorchScript file (maps images from 0 to 255 to features; a program: run only what you trust)
@@ -92,6 +93,7 @@ class EvaluateConfig(EvaluationFlags):
     output: str | None = None
     latex: bool = False
     precision: str = "auto"
+    compile: Literal["blocks", "graphs"] | None = None
     autoencoder: str | None = reads("autoencoder", None)
     perceptual: str = reads("name or file", "lpips")
     heads: str | None = reads("file", None)
@@ -235,7 +237,8 @@ def open_inputs(
     codec = codec.to(accelerator.device)
     if checkpoint and is_run(samples):
         settings, real = sources.sweep(config.sampling), reference_file[1] if held_out is None else held_out
-        groups = sources.from_checkpoint(checkpoint, settings, evaluation, codec, accelerator, config.trials, real)
+        how = (accelerator, config.trials, real, config.compile)
+        groups = sources.from_checkpoint(checkpoint, settings, evaluation, codec, *how)
     else:
         groups = [[sources.read_samples(samples, data.image_size, evaluation.num_samples, evaluation.seed)]]
         for message in groups[0][0].provenance.get("left_out", ()):
@@ -341,7 +344,7 @@ def check(config: EvaluateConfig) -> None:
         fixed = f"{samples} is a fixed set of images, there is nothing to draw"
         for name in set_values(config.sampling):
             raise ValueError(f"--sampling.{name}: {fixed}")
-        refuse(("trials", "likelihood"), fixed)
+        refuse(("trials", "likelihood", "compile"), fixed)
     elif config.checkpoint is not None:
         reason = f"it is for a fixed set of images, and {samples} is a run, held against its own held-out images"
         refuse(["checkpoint"], f"{reason}; leave --checkpoint out")

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiment.cli import run_main
 from experiment.config import DataFlags, SamplingFlags
@@ -44,6 +44,8 @@ class SampleConfig:
         interpolate: instead of samples: this many images between the first class and the last
         to_seed: with --interpolate: the seed at the other end
         precision: 'auto' (bf16 if the device has instructions for it, else fp32), 'fp32' or 'bf16'
+        compile: torch.compile the backbone's blocks ('blocks'), and launch each as a CUDA graph ('graphs'); it takes
+            seconds to minutes (docs/performance.md), and the images are the same up to rounding
         autoencoder: replaces the checkpoint's, for example by a local folder when the hub is out of reach
         imports: modules or .py files with samplers etc. of your own (docs/extending.md), if they have moved
         data: with --reconstruct: where the held-out images are now (--data.path)
@@ -62,6 +64,7 @@ class SampleConfig:
     interpolate: int | None = within("[2, inf)", None)
     to_seed: int | None = within(SEEDS, None)
     precision: str = "auto"
+    compile: Literal["blocks", "graphs"] | None = None
     autoencoder: str | None = reads("autoencoder", None)
     imports: list[str] = field(default_factory=list)
     data: DataFlags = field(default_factory=DataFlags)
@@ -82,7 +85,8 @@ def main(config: SampleConfig) -> None:
     keep = output_path is not None  # another file of that name
     check(config)
     check_output(output_path, is_picture=config.reconstruct is not None or config.interpolate is not None)
-    pipeline = load(config.checkpoint, precision=config.precision, autoencoder=config.autoencoder)
+    ours = {name: getattr(config, name) for name in ("precision", "autoencoder", "compile")}
+    pipeline = load(config.checkpoint, **ours)
     checkpoint, accelerator = pipeline.checkpoint, pipeline.accelerator
 
     def output_of(name: str) -> Path:

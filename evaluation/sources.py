@@ -162,6 +162,7 @@ def from_checkpoint(
     accelerator: Accelerator,
     num_trials: int,
     reference: ImageSet | UInt8[Tensor, "n 3 h w"] | None,
+    compiled: str | None = None,
 ) -> list[list[Source]]:
     """Samples of a checkpoint: for each of the overrides in `settings` a list of trials with consecutive seeds, by
     default of as many images as the `reference`, and with its labels for `--labels reference`."""
@@ -186,7 +187,8 @@ def from_checkpoint(
     def create(sampling: SamplingConfig, trial: int) -> Source:
         labels = sample_labels(evaluation, num_reference, num_classes, reference_labels, trial)
         seed = evaluation.seed + trial
-        generator = create_generator(checkpoint, sampling, codec, labels, seed, accelerator, model=model)
+        how: dict[str, Any] = {"model": model, "compiled": compiled}
+        generator = create_generator(checkpoint, sampling, codec, labels, seed, accelerator, **how)
         name = checkpoint.config.name or checkpoint.spec.name
         return from_generator(generator, name, checkpoint.classes, **provenance)
 

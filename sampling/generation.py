@@ -20,6 +20,7 @@ from machine.precision import inference_autocast, precision_of
 from machine.randomness import generator_for
 from metrics.cost import cost
 from metrics.image_batches import ImageBatch, split_into_batches
+from models.compilation import compile_blocks
 from sampling.checks import files_in_record, load_guide_model
 
 BATCH_SIZE, LARGE_BATCH_SIZE = 64, 512
@@ -42,6 +43,7 @@ class Generator:
     callback: Callback | None = None
     guide_model: nn.Module | None = None  # for autoguidance
     on_stage: Callable[[str, Tensor], None] | None = None  # receives the output of each stage of a cascade
+    compiled: str | None = None  # see `compile_blocks`; batches are then filled up, as each size is compiled anew
 
     @property
     def num_steps(self) -> int:
@@ -53,7 +55,8 @@ class Generator:
         host between its kernels. The images are the same in any batch."""
         if self.accelerator.device.type != "cuda":
             return BATCH_SIZE
-        spent = cost(self.model, latent_shape=self.codec.latent_shape(*self.image_size)).gflops
+        with torch.compiler.set_stance("force_eager"):  # an image would be one more batch size to compile for
+            spent = cost(self.model, latent_shape=self.codec.latent_shape(*self.image_size)).gflops
         return LARGE_BATCH_SIZE if spent < SMALL else BATCH_SIZE
 
     @property
@@ -63,11 +66,14 @@ class Generator:
         values: dict[str, Any] = {"seed": self.seed, "weights": "ema", "autoencoder": self.codec.provenance}
         values |= {"precision": precision_of(self.accelerator), "model_calls": num_calls(self.diffusion, sampling)}
         values |= {"network_evaluations": num_evaluations(self.diffusion, sampling)}
+        values |= {"compiled": self.compiled} if self.compiled else {}
         return {**values, **asdict(sampling), **files_in_record(sampling)}
 
     def batches(self, indices: Int64[Tensor, " m"], batch_size: int) -> Iterator[ImageBatch]:
         for batch in split_into_batches(indices, batch_size):
-            yield ImageBatch(batch, self.draw(batch).cpu(), self.labels[batch])
+            size = min(batch_size, len(self.labels)) if self.compiled else len(batch)
+            images = self.draw(batch[torch.arange(size) % len(batch)])[: len(batch)]
+            yield ImageBatch(batch, images.cpu(), self.labels[batch])
 
     def draw(self, indices: Int64[Tensor, " b"]) -> UInt8[Tensor, "b 3 h w"]:
         device = self.accelerator.device
@@ -84,6 +90,15 @@ class Generator:
         start: int | float | None = None,
     ) -> UInt8[Tensor, "b 3 H W"]:
         """Run the sampler from noise, or from `x_t` at `start`, with a generator per image, and decode."""
+
+        begin_step = torch.compiler.cudagraph_mark_step_begin if self.compiled == "graphs" else lambda: None
+
+        def callback(step: int, x_t: Tensor, x_0: Tensor) -> None:
+            begin_step()  # the next one
+            if self.callback is not None:
+                self.callback(step, x_t, x_0)
+
+        begin_step()
         with inference_autocast(self.accelerator.device, precision_of(self.accelerator), self.model, self.guide_model):
             x_0 = sample(
                 self.diffusion,
@@ -95,7 +110,7 @@ class Generator:
                 generator=generators,
                 start=start,
                 clip=self.codec.limit if self.sampling.clip is None else self.sampling.clip,
-                callback=self.callback,
+                callback=callback,
                 on_stage=self.on_stage,
             )
         return torch.cat([self.codec.decode(part) for part in x_0.split(DECODED_AT_ONCE)])
@@ -110,9 +125,11 @@ def create_generator(
     accelerator: Accelerator,
     *,
     model: nn.Module | None = None,
+    compiled: str | None = None,
     **callbacks: Any,
 ) -> Generator:
-    """Create the generator of a checkpoint, with its guide; `model` if its weights are already loaded."""
+    """Create the generator of a checkpoint, with its guide; `model` if its weights are already loaded. If `compiled`,
+    the blocks of both are compiled in place (`compile_blocks`)."""
     diffusion, size = checkpoint.build_diffusion(), checkpoint.image_size
     codec_shape, model_shape = codec.latent_shape(*size), (checkpoint.spec.in_channels, *checkpoint.spec.input_size)
     if codec_shape != model_shape:
@@ -124,9 +141,11 @@ def create_generator(
         sampling, checkpoint.config.diffusion, checkpoint.spec, accelerator, checkpoint.classes, checkpoint.identity
     )
     model = model or checkpoint.load_model(accelerator.device)
-    return Generator(
-        model, diffusion, codec, labels, sampling, size, seed, accelerator, guide_model=guide_model, **callbacks
-    )
+    for part in filter(None, (model, guide_model)):
+        if compiled:
+            compile_blocks(part, compiled)
+    others: dict[str, Any] = {"guide_model": guide_model, "compiled": compiled, **callbacks}
+    return Generator(model, diffusion, codec, labels, sampling, size, seed, accelerator, **others)
 
 
 def generate(generator: Generator, *, batch_size: int | None = None) -> UInt8[Tensor, "n 3 h w"]:
@@ -142,8 +161,10 @@ def stream(generator: Generator, *, batch_size: int | None = None) -> Iterator[U
     rank, num_ranks = accelerator.process_index, accelerator.num_processes
     quiet = not accelerator.is_main_process
     with tqdm(total=num_images, desc="sampling", unit="img", disable=quiet, leave=False) as bar:
-        for batch in torch.arange(num_images).split(batch_size * num_ranks):
-            padded = torch.arange(-(-len(batch) // num_ranks) * num_ranks) % len(batch)  # to the same number per rank
+        batches = torch.arange(num_images).split(batch_size * num_ranks)
+        for batch in batches:
+            size = len(batches[0] if generator.compiled else batch)
+            padded = torch.arange(-(-size // num_ranks) * num_ranks) % len(batch)  # to the same number per rank
             local = batch[padded.chunk(num_ranks)[rank]]  # the main process has the first, which callbacks show
             images = batch.new_empty(0)
             errors: list[ValueError | None] = [None]

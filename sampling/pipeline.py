@@ -30,6 +30,7 @@ class Pipeline:
     checkpoint: Checkpoint
     accelerator: Accelerator
     autoencoder: str | None = None  # replaces the checkpoint's
+    compiled: str | None = None  # see `models.compilation.compile_blocks`
 
     @property
     def classes(self) -> list[str]:
@@ -83,19 +84,23 @@ class Pipeline:
         labels, checkpoint = labels.repeat_interleave(num_per_class), self.checkpoint
         sampling["say"] = self.accelerator.print
         settings = resolve_sampling(checkpoint.config.sampling, self.diffusion, checkpoint.num_guided, **sampling)
-        return create_generator(checkpoint, settings, self.codec, labels, seed, self.accelerator, model=self.model)
+        ours: dict[str, Any] = {"model": self.model, "compiled": self.compiled}
+        return create_generator(checkpoint, settings, self.codec, labels, seed, self.accelerator, **ours)
 
 
-def load(path: str | Path, *, precision: str = "auto", autoencoder: str | None = None) -> Pipeline:
+def load(
+    path: str | Path, *, precision: str = "auto", autoencoder: str | None = None, compile: str | None = None
+) -> Pipeline:
     """Open a checkpoint for sampling.
 
     Args:
         path: a run's folder, a checkpoint's folder, its ema.safetensors, `hf://owner/name`, or `embedded`
         precision: 'auto', 'fp32' or 'bf16'
         autoencoder: replaces the checkpoint's
+        compile: None, or 'blocks' or 'graphs' to torch.compile the backbone's blocks
 
     Raises:
         ValueError: if there is no checkpoint
     """
     accelerator = open_accelerator(precision)
-    return Pipeline(open_checkpoint(path, accelerator), accelerator, autoencoder)
+    return Pipeline(open_checkpoint(path, accelerator), accelerator, autoencoder, compile)

@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,14 +68,14 @@ def machine() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
+    from models.compilation import has_compiler
+
     for module, (purpose, remedy) in EXTRAS.items():
         try:
             yield Finding(f"{module} {version(module)}: {purpose}")
         except PackageNotFoundError:
             yield Finding(f"no {module}, for {purpose}", remedy)
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    works = compiler is not None and find_spec("torch._inductor") is not None
-    yield Finding("a C++ compiler, for --train.compile", "" if works else "install g++")
+    yield Finding("a C++ compiler, for --train.compile and --compile", "" if has_compiler() else "install g++")
 
 
 def weights() -> Iterator[Finding]:

@@ -19,12 +19,13 @@ from experiment.config import ExperimentConfig
 from machine.sharded_building import FreedWeightError, build_in_shards, place_shards, weights_of
 from models import ModelSpec
 from models.backbone import Backbone
+from models.compilation import compile_blocks
 from training.adapters import adapt
 from training.alignment import open_alignment
 from training.batches import Batches
 from training.objective import Objective, build_auxiliary, clean_time, objective_class
 from training.optimizer import Optimizers, build_optimizers
-from training.preparation import compile_blocks, join_casts, recompute_blocks, share_batch_norms
+from training.preparation import join_casts, recompute_blocks, share_batch_norms
 from training.run import Run, open_run
 
 
@@ -113,7 +114,7 @@ def prepare(run: Run[ExperimentConfig], model: Backbone, objective: Objective) -
     if config.train.recompute:
         recompute_blocks(model, accelerator.device)
     if config.train.compile:
-        compile_blocks(model)
+        compile_blocks(model, flag="--train.compile")
     join_casts(model, config.train, accelerator)
     weights, fsdp = weights_of(model), getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and isinstance(fsdp.cpu_offload, CPUOffloadPolicy):  # as FSDP then has them

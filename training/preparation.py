@@ -1,4 +1,4 @@
-"""Prepare a model for training: synchronised batch norms, recomputed or compiled blocks, and a forecast of the time."""
+"""Prepare a model for training: synchronised batch norms, recomputed blocks, casts, and a forecast of the time."""
 
 import time
 from functools import partial
@@ -66,13 +66,6 @@ def recompute_blocks(model: Backbone, device: torch.device) -> None:
         raise ValueError("--train.recompute true: torch does not draw the same random numbers again on mps")
     for block in blocks:  # only `forward`, inside the hooks of FSDP and others
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def compile_blocks(model: Backbone) -> None:
-    """Compile the repeated blocks in place, which takes seconds; compiling the whole model takes minutes."""
-    torch._dynamo.config.recompile_limit = 64
-    for block in model.repeated_blocks():
-        block.compile(dynamic=False)  # with symbolic shapes, compiling takes minutes
 
 
 def join_casts(model: Backbone, config: TrainConfig, accelerator: Accelerator) -> None:

@@ -26,10 +26,11 @@ from machine.atomic_files import write_atomic
 from metrics.cost import throughput
 from models import create_model
 from models.backbone import Backbone
+from models.compilation import compile_blocks
 from models.layers.launches import AT_ONCE
 from training.meter import memory_gb
 from training.optimizer import build_optimizer
-from training.preparation import cast_at_once, compile_blocks
+from training.preparation import cast_at_once
 
 NUM_CLASSES = 101
 GAUSSIAN = GaussianDiffusion()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -84,8 +84,20 @@ class Neighbourhoods(Windows):
 Pair = tuple[int, ...]  # rows and columns
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
+def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorator of functions whose results depend on their arguments alone: cache them, and have torch.compile take
+    them as constants. It would trace into a function that `lru_cache` itself decorates."""
+    cached = lru_cache(maxsize=64)(function)
+
+    @torch.compiler.assume_constant_result
+    @wraps(function)
+    def look_up(*args: Any) -> Tensor:
+        return cached(*args)
+
+    return look_up
+
+
+@constant
 def _mask(
     size: int, sides: Pair, padded: Pair, tile: Pair, shifts: Pair, rolls: Pair, device: torch.device
 ) -> Float[Tensor, "tiles n n"]:
@@ -103,8 +115,7 @@ def _mask(
         return torch.zeros(same_window.shape, device=device).masked_fill(~same_window, -torch.inf)
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
+@constant
 def _neighbourhood_mask(size: int, sides: Pair, device: torch.device) -> Float[Tensor, "1 n n"]:
     with torch.inference_mode(False):
         neighbours = []  # along each axis, whether the second position is in the neighbourhood of the first
@@ -118,8 +129,7 @@ def _neighbourhood_mask(size: int, sides: Pair, device: torch.device) -> Float[T
         return torch.zeros(pairs.shape, device=device).masked_fill(~pairs, -torch.inf)
 
 
-@torch.compiler.assume_constant_result
-@lru_cache(maxsize=64)
+@constant
 def _offsets(size: int, tile: Pair, device: torch.device) -> Int64[Tensor, "n n"]:
     with torch.inference_mode(False):
         row, column = torch.cartesian_prod(*(torch.arange(side, device=device) for side in tile)).T
