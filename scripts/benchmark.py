@@ -17,11 +17,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -74,11 +73,9 @@ def training(
         row |= {"arguments": ", ".join(f"{argument} {value}" for argument, value in variant.items())} if variant else {}
         row |= {"parameters": per_image.parameters, "gflops": per_image.gflops}
         programs.append((row, speed.training_step(model, precision, lambda: (x_0, y), compile=compile)))
-        for published_precision in dict.fromkeys(("fp32", precision)) if published else ():
-            step = published.step(
-                name, speed.NUM_CLASSES, speed.benchmark_device(), published_precision, lambda: (x_0, y)
-            )
-            programs.append((row_head(name, published_precision, "published"), step))
+        for theirs in dict.fromkeys(("fp32", precision)) if published else ():
+            step = published.step(name, speed.NUM_CLASSES, speed.benchmark_device(), theirs, lambda: (x_0, y))
+            programs.append((row_head(name, theirs, "published"), step))
     rows = speed.time_interleaved(programs, rounds, batch_size)
     first: dict[str, float] = {}
     for row in rows:
@@ -97,6 +94,7 @@ def sampling(
     guidance_scale: float = 1.5,
     sampler: str = "ddpm",
     precision: str = "auto",
+    compile: Literal["blocks", "graphs"] | None = None,
     rounds: int = 3,
     compare: Path | None = None,
 ) -> None:
@@ -109,10 +107,11 @@ def sampling(
         guidance_scale: of classifier-free guidance; 1: none
         sampler: name of the sampler; the published one is 'ddpm'
         precision: of both implementations, like train.precision
+        compile: also measure this implementation compiled, like sample.py --compile
         rounds: measured batches of each
         compare: checkout of the published implementation
     """
-    from diffusion import GaussianDiffusion, sample
+    from models.compilation import compile_blocks
     from training import speed
 
     published, precision = checkout(compare), resolve_precision(precision)
@@ -120,17 +119,19 @@ def sampling(
     settings = {"sampler": sampler, "num_steps": num_steps, "guidance_scale": guidance_scale}
     programs: list[Any] = []
     for name in models:
-        model = speed.backbone(name).eval()
-        generate = partial(sample, GaussianDiffusion(), model, noise, y, **settings)
-        programs.append((row_head(name, precision), speed.autocasting(precision, generate)))
+        for kind in dict.fromkeys((None, compile)):
+            model = speed.backbone(name).eval()
+            if kind:
+                compile_blocks(model, kind)
+            row = row_head(name, f"{precision} {kind or ''}".strip())
+            programs.append((row, speed.sampling(model, precision, noise, y, **settings)))
         if published:
             model = published.create(name, latent_size=8, num_classes=speed.NUM_CLASSES)
-            model = model.to(speed.benchmark_device()).eval()
-            settings_published = {"num_classes": speed.NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
-            generate = partial(published.sample, model, noise, y, **settings_published)
+            theirs = {"num_classes": speed.NUM_CLASSES, "num_steps": num_steps, "scale": guidance_scale}
+            generate = partial(published.sample, model.to(noise.device).eval(), noise, y, **theirs)
             programs.append((row_head(name, precision, "published"), speed.autocasting(precision, generate)))
-    rows = speed.time_interleaved(programs, rounds, batch_size)
-    speed.report(f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}", rows)
+    what = f"{sampler}, {num_steps} steps, guidance {guidance_scale:g}, batch {batch_size}"
+    speed.report(what, speed.time_interleaved(programs, rounds, batch_size))
 
 
 def epoch(
@@ -159,12 +160,9 @@ def epoch(
     from autoencoders.codec import create_codec
     from data.encoding import build_cache
     from data.latents import LatentCache
-    from diffusion import GaussianDiffusion
     from experiment.build import open_split
-    from experiment.config import DataConfig, TrainConfig
+    from experiment.config import DataConfig
     from training import speed
-    from training.batches import Batches
-    from training.objective import Objective
 
     published, precision, device = checkout(compare), resolve_precision(precision), speed.benchmark_device()
     codec = create_codec("embedded").to(device)
@@ -177,15 +175,7 @@ def epoch(
     with tempfile.TemporaryDirectory() as folder:
         cache_folder = Path(folder) / "cache"
         build_cache(cache_folder, shapes, codec.prepare, codec.provenance, flips=True, device=device)
-        cache = LatentCache(cache_folder, codec.identity, device)
-        config = TrainConfig(batch_size=batch_size, label_dropout=0.0)
-        batches = Batches(cache, codec, Objective(GaussianDiffusion()), config, device=device)
-        steps = itertools.count()
-
-        def cached() -> tuple[Any, Any]:
-            (batch,) = batches.micro_batches(next(steps))
-            return batch.x_0, batch.y
-
+        cached = speed.batches_of(LatentCache(cache_folder, codec.identity, device), codec, batch_size)
         programs: list[Any] = []
         for name in models:
             ours = speed.training_step(speed.backbone(name, num_classes=10), precision, cached)
@@ -219,39 +209,32 @@ def cache(
 
     from autoencoders.codec import create_codec
     from data.latents import LatentCache, num_bytes
-    from diffusion import GaussianDiffusion
-    from experiment.config import TrainConfig
     from training import speed
-    from training.batches import Batches
     from training.meter import memory_gb
-    from training.objective import Objective
 
     precision, device = resolve_precision(precision), speed.benchmark_device()
-    objective, config = Objective(GaussianDiffusion()), TrainConfig(batch_size=batch_size, label_dropout=0.0)
     codec = create_codec("embedded").to(device)
     with tempfile.TemporaryDirectory(dir=".") as folder:
         speed.sparse_cache(Path(folder) / "sparse", num_images)
         start = time.perf_counter()
         files = LatentCache(Path(folder) / "sparse", {}, device=None)
         seconds, gb_verifying = time.perf_counter() - start, memory_gb(torch.device("cpu"))
-        in_memory = copy(files)
-        in_memory.stored = torch.zeros((), dtype=torch.float16, device=device).expand(files.stored.shape)
+        at_hand = copy(files)
+        at_hand.stored = torch.zeros((), dtype=torch.float16, device=device).expand(files.stored.shape)
         losses: dict[str, list[Any]] = {"from files": [], "at hand": []}
 
         def training_on(name: str, latents: LatentCache) -> Any:
             torch.manual_seed(0)
-            micro_batches = Batches(latents, codec, objective, config, device=device).micro_batches
-            steps = map(micro_batches, itertools.count())
+            network, batches = speed.backbone(model, 32, 1, **model_args), speed.batches_of(latents, codec, batch_size)
+            step = speed.training_step(network, precision, batches)
 
-            def batch() -> tuple[Any, Any]:
-                (micro_batch,) = next(steps)
+            def program() -> None:
                 torch.manual_seed(0)  # the step then samples the same noise for both
-                return micro_batch.x_0, micro_batch.y
+                losses[name].append(step())
 
-            step = speed.training_step(speed.backbone(model, 32, 1, **model_args), precision, batch)
-            return row_head(model, precision, f"latents {name}"), lambda: losses[name].append(step())
+            return row_head(model, precision, f"latents {name}"), program
 
-        programs = [training_on("from files", files), training_on("at hand", in_memory)]
+        programs = [training_on("from files", files), training_on("at hand", at_hand)]
         rows = speed.time_interleaved(programs, rounds, batch_size)
         gb, gb_training = num_bytes(files.folder) / 1e9, memory_gb(torch.device("cpu"))
     equal = torch.equal(*map(torch.stack, losses.values()))
@@ -281,6 +264,7 @@ def scaling(
         plot: plot of both
     """
     from training import speed
+    from training.curves import draw_scaling
 
     rows, precision = [], resolve_precision(precision)
     for name, side in itertools.product(models, sides):
@@ -291,14 +275,15 @@ def scaling(
             arguments += [f"--precision={precision}", f"--output={file.name}"]
             children.run_process([sys.executable, __file__, "training", *arguments], stdout=subprocess.DEVNULL)
             (row,) = json.loads(Path(file.name).read_text())["rows"]
-        microseconds, kilobytes = 1e6 / row["img/s"], row["step GB"] * 1e6 / batch_size  # per image
+        pixels = batch_size * side**2
         rows.append({"model": name, "latent": side, "batch": batch_size, "img/s": row["img/s"]})
-        rows[-1] |= {"us/pixel": round(microseconds / side**2, 2), "kB/pixel": round(kilobytes / side**2, 1)}
+        rows[-1]["us/pixel"] = round(1e6 / row["img/s"] / side**2, 2)
+        rows[-1]["kB/pixel"] = round(row["step GB"] * 1e6 / pixels, 1)
         print(rows[-1], file=sys.stderr)
     speed.report(f"training step, {precision}, {tokens} latent pixels a step", rows)
     if plot is not None:
         with keeping([plot]):
-            draw_scaling(rows, models, sides, plot)
+            draw_scaling(rows, plot)
 
 
 def extraction(extractor: str, num_images: int = 512, batch_size: int = 64, rounds: int = 5) -> None:
@@ -347,8 +332,7 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
 
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randn(num_images, dim, generator=generator) for _ in range(2)]
-    start = time.perf_counter()
-    moments = [RunningMoments(), RunningMoments()]
+    start, moments = time.perf_counter(), [RunningMoments(), RunningMoments()]
     for running, features in zip(moments, sets, strict=True):
         for batch in features.split(4096):
             running.update(batch)
@@ -357,23 +341,6 @@ def frechet(num_images: int = 50_000, dim: int = 2048) -> None:
     seconds = {"moments of both": middle - start, "distance": time.perf_counter() - middle}
     rows = [{"what": part, "s": round(duration, 1)} for part, duration in seconds.items()]
     speed.report(f"two sets of {num_images} x {dim}", rows)
-
-
-def draw_scaling(rows: Sequence[Row], models: Sequence[str], sides: Sequence[int], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, key, label in zip(axes, ("us/pixel", "kB/pixel"), ("time, µs", "memory, kB"), strict=True):
-        for name in models:
-            values = [row[key] for row in rows if row["model"] == name]
-            axis.plot(sides, values, marker="o", markersize=3, linewidth=1.2, label=name)
-        axis.set(xlabel="side of the latent", ylabel=f"{label} a latent pixel", xscale="log", ylim=(0, None))
-        axis.set_xticks(sides, labels=list(map(str, sides)))
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=150)
 
 
 def checkout(folder: Path | None) -> Any:

@@ -6,6 +6,7 @@ python scripts/gpu_check.py --compare ../XSwinDiffusion           (also the publ
 python scripts/gpu_check.py --tiny true                           (the same checks at sizes for a CPU)
 """
 
+import copy
 import json
 import os
 import signal
@@ -34,7 +35,8 @@ TINY_MODELS = {  # arguments for backbones that have all parts but few weights
     "XSwin": {"dim": 16, "depths": [1, 1], "num_heads": [2, 4], "num_global_blocks": 1},
     "DiT-XL/2": {"dim": 32, "depth": 1, "num_heads": 2},
 }
-TRAIN = [sys.executable, str(Path(__file__).resolve().parent.parent / "train.py")]
+ROOT = Path(__file__).resolve().parent.parent
+TRAIN = [sys.executable, str(ROOT / "train.py")]
 SMALL = ("--model", "XSwin-S", "--data.num_images", "100", "--train.batch_size", "8", "--sampling.num_steps", "2")
 SMALL += ("--log.trackers", "[]")
 TINY_ARGS = json.dumps({**TINY_MODELS["XSwin"], "patch_size": 4})
@@ -133,9 +135,9 @@ def steps(sizes: Sizes, compare: Path | None, *, tiny: bool) -> Iterator[tuple[s
     yield "resume", partial(killed_and_resumed, sizes.training, sizes.trained)
     if not tiny:  # Accelerate shards on accelerators only
         yield "sharded", partial(sharded, sizes.training)
-    yield "sampling", partial(sampling, *cases[0], num_steps=sizes.num_steps)
     yield "scores", partial(scores, *sizes.features)
     yield "encoding", partial(encoding, sizes.encoded, sizes.threads)
+    yield "sampling", partial(sampling, *cases[0], num_steps=sizes.num_steps, tiny=tiny)
 
 
 def machine(side: int | None) -> dict[str, Any]:
@@ -186,8 +188,8 @@ def numbers(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
         set_sync_debug_mode("warn")
         step()
         set_sync_debug_mode("default")
-    synchronisations = [warning for warning in caught if "synchroniz" in str(warning.message)]
-    lines = Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in synchronisations)
+    found = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    lines = Counter(f"{Path(warning.filename).name}:{warning.lineno}" for warning in found)
     waits = {"waits": lines} if torch.cuda.is_available() else {}
     return {"losses": losses["fp32"], "bf16 off by": round(gap, 6), **waits}
 
@@ -208,9 +210,7 @@ def attention(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
             kernels[f"{event.key.removeprefix('aten::_scaled_dot_product_')} {event.input_shapes[0]}"] += event.count
     if torch.cuda.is_available() and (not kernels or any("math" in kernel for kernel in kernels)):
         raise ValueError(f"attention is not fused: {dict(kernels) or 'none of its kernels is known'}")
-    for parameter in model.parameters():
-        if not parameter.any():  # layers that are zero at first hide those before them
-            torch.nn.init.normal_(parameter, std=0.1)
+    speed.wake(model)
     usual, outputs = launches.AT_ONCE, []
     for launches.AT_ONCE in ({x_0.device.type}, set[str]()):
         with torch.no_grad():
@@ -240,8 +240,7 @@ def speed_of(
     if checkout:
         step = PublishedCheckout(checkout).step(name, speed.NUM_CLASSES, speed.benchmark_device(), mode, lambda: data)
     else:
-        compiled, reads = mode == "compiled", mode != "graphed"
-        step = speed.training_step(model, "bf16", lambda: data, compile=compiled, reads=reads)
+        step = speed.training_step(model, "bf16", lambda: data, compile=mode == "compiled", reads=mode != "graphed")
     program = speed.capture_graph(step) if mode == "graphed" else step
     (row,) = speed.time_interleaved([({}, program)], 1, batch, sizes.calls)
     peak, _ = speed.matrix_peak("fp32" if mode == "fp32" else "bf16", sizes.product)
@@ -262,12 +261,10 @@ def profile_of(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
     events = [event for event in events if "#" not in event.key]  # those contain others
     events = [event for event in events if on_gpu == str(event.device_type).endswith("CUDA")]
     times = {event.key[:80]: event.self_device_time_total if on_gpu else event.self_cpu_time_total for event in events}
-    busy = sum(times.values()) / 1e6 / (batch / row["img/s"])
+    busy = {"busy": round(sum(times.values()) / 1e6 * row["img/s"] / batch, 3)} if on_gpu else {}
     longest = dict(sorted(times.items(), key=lambda item: item[1], reverse=True)[:10])
-    num_launches = sum(event.count for event in events)
-    if not on_gpu:
-        return {"operators": num_launches, "longest, microseconds": longest}
-    return {"launches": num_launches, "busy": round(busy, 3), "longest, microseconds": longest}
+    count = {"launches" if on_gpu else "operators": sum(event.count for event in events)}
+    return {**count, **busy, "longest, microseconds": longest}
 
 
 def killed_and_resumed(training: tuple[str, ...], num_steps: int) -> dict[str, Any]:
@@ -298,10 +295,8 @@ def killed_and_resumed(training: tuple[str, ...], num_steps: int) -> dict[str, A
 
 def sharded(training: tuple[str, ...]) -> dict[str, Any]:
     """Compare the losses of a training under FSDP, on one GPU, with those of one without it."""
-    root = Path(__file__).resolve().parent.parent
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--config_file"]
-    launcher.append(str(root / "configs/accelerate/fsdp2.yaml"))
-    losses = {}
+    launcher, losses = [*launcher, str(ROOT / "configs/accelerate/fsdp2.yaml")], {}
     with tempfile.TemporaryDirectory() as folder:
         flags = [*training, "--train.num_steps", "4", "--log.every", "1", "--train.precision", "fp32", "--name"]
         for name, command in (("plain", TRAIN), ("sharded", [*launcher, TRAIN[1]])):
@@ -320,18 +315,29 @@ def sharded(training: tuple[str, ...]) -> dict[str, Any]:
     return {"losses off by": gap, "losses": losses["sharded"]}
 
 
-def sampling(name: str, side: int, batch: int, args: Args, *, num_steps: int) -> dict[str, Any]:
-    """Measure images per second of guided sampling and of decoding."""
+def sampling(name: str, side: int, batch: int, args: Args, *, num_steps: int, tiny: bool) -> dict[str, Any]:
+    """Measure images per second of decoding, and of guided sampling by plain blocks, compiled ones and (on a GPU) CUDA
+    graphs, and compare the samples."""
     from autoencoders.codec import create_codec
-    from diffusion import GaussianDiffusion, sample
+    from models.compilation import compile_blocks
     from training import speed
 
-    noise, y = speed.latents(batch, side)
-    model, codec = speed.backbone(name, side, **args).eval(), create_codec("embedded").to(speed.benchmark_device())
+    (noise, y), codec = speed.latents(batch, side), create_codec("embedded").to(speed.benchmark_device())
+    models = {"eager": speed.wake(speed.backbone(name, side, **args).eval())}
+    for kind in ("blocks",) if tiny else ("blocks", "graphs"):
+        models[kind] = copy.deepcopy(models["eager"])
+        compile_blocks(models[kind], kind, backend="eager" if tiny else "inductor")
+
     settings = {"sampler": "ddim", "num_steps": num_steps, "guidance_scale": 1.5}
-    generate = speed.autocasting("bf16", partial(sample, GaussianDiffusion(), model, noise, y, **settings))
-    programs = [({"what": f"{num_steps} steps"}, generate), ({"what": "decoding"}, partial(codec.decode, noise))]
-    return {"rows": speed.time_interleaved(programs, 2, batch, 1)}
+    draws = {kind: speed.sampling(model, "bf16", noise, y, **settings) for kind, model in models.items()}
+    programs: list[Any] = [({"what": f"{num_steps} steps, {kind}"}, draw) for kind, draw in draws.items()]
+    rows = speed.time_interleaved([*programs, ({"what": "decoding"}, partial(codec.decode, noise))], 2, batch, 1)
+    samples = {kind: draw() for kind, draw in draws.items()}
+    size = samples["eager"].norm()
+    gaps = {kind: ((found - samples["eager"]).norm() / size).item() for kind, found in samples.items()}
+    if not max(gaps.values()) <= 0.05:
+        raise ValueError(f"samples of compiled blocks or graphs are off: {gaps}")
+    return {"rows": rows, "samples off by": gaps}
 
 
 def scores(num: int, dim: int) -> dict[str, Any]:
@@ -366,7 +372,8 @@ def encoding(num: int, threads: tuple[int, ...]) -> dict[str, Any]:
     from data.images import ImageDataset
     from training.speed import benchmark_device
 
-    codec, rates, rng = create_codec("embedded").to(benchmark_device()), {}, np.random.default_rng(0)
+    device, rates, rng = benchmark_device(), {}, np.random.default_rng(0)
+    codec = create_codec("embedded").to(device)
     with tempfile.TemporaryDirectory() as folder:
         files = Path(folder) / "files"
         files.mkdir()
@@ -376,9 +383,7 @@ def encoding(num: int, threads: tuple[int, ...]) -> dict[str, Any]:
         images = ImageDataset(files, image_size=256)
         for num_threads in threads:
             start, cache = time.perf_counter(), Path(folder) / f"{num_threads}"
-            build_cache(
-                cache, images, codec.prepare, {}, flips=True, device=benchmark_device(), num_threads=num_threads
-            )
+            build_cache(cache, images, codec.prepare, {}, flips=True, device=device, num_threads=num_threads)
             rates[f"{num_threads} threads"] = round(num / (time.perf_counter() - start), 1)
     return {"img/s": rates}
 

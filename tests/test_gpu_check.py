@@ -13,7 +13,7 @@ def lines(*flags, cwd, **options):
 def test_every_step_leaves_a_line(tmp_path):
     status, found = lines(cwd=tmp_path, FORKS="true")
     assert status == 0
-    assert [*found][-4:] == ["resume", "sampling", "scores", "encoding"]
+    assert [*found][-4:] == ["resume", "scores", "encoding", "sampling"]
     assert all(line["ok"] and line["seconds"] >= 0 for line in found.values())
     for name in ("XSwin", "DiT-XL/2"):
         assert found[f"numbers {name}"]["bf16 off by"] < 0.02
@@ -23,6 +23,8 @@ def test_every_step_leaves_a_line(tmp_path):
     assert found["resume"]["killed after"] >= 2
     assert found["resume"]["largest difference"] == 0
     assert len(found["scores"]["scores"]) == 6
+    assert [row["what"] for row in found["sampling"]["rows"]] == ["2 steps, eager", "2 steps, blocks", "decoding"]
+    assert found["sampling"]["samples off by"] == {"eager": 0, "blocks": 0}
 
 
 def test_a_step_that_fails_or_takes_too_long_says_so_and_the_next_one_begins(tmp_path):

@@ -1,7 +1,7 @@
-"""Pictures of a run: its losses, and the progress of its samples."""
+"""Pictures of a run (its losses, and the progress of its samples) and of a benchmark."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,3 +96,21 @@ def draw_progress(run: Path, at_most: int = 10) -> None:
         canvas.paste(frame, (0, top))
         top += frame.height
     canvas.save(run / "progress.png")
+
+
+def draw_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plot time and memory per latent pixel against the side of the latent, a line for each model."""
+    from matplotlib.figure import Figure
+
+    figure, sides = Figure(figsize=(8, 3.2), layout="constrained"), sorted({row["latent"] for row in rows})
+    axes = figure.subplots(1, 2)
+    for axis, key, label in zip(axes, ("us/pixel", "kB/pixel"), ("time, µs", "memory, kB"), strict=True):
+        for name in dict.fromkeys(row["model"] for row in rows):
+            points = [(row["latent"], row[key]) for row in rows if row["model"] == name]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, linewidth=1.2, label=name)
+        axis.set(xlabel="side of the latent", ylabel=f"{label} a latent pixel", xscale="log", ylim=(0, None))
+        axis.set_xticks(sides, labels=list(map(str, sides)))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)

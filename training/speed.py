@@ -1,5 +1,6 @@
 """Measure the speed of optimizer steps and of other programs."""
 
+import itertools
 import json
 import platform
 import statistics
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from autoencoders.codec import Codec
 from checkpoints.averages import EMA
 from data.encoding import IMAGES_PER_SHARD
-from data.latents import FORMAT
+from data.latents import FORMAT, LatentCache
 from data.shards import write_shard
-from diffusion import Diffusion, GaussianDiffusion
+from diffusion import Diffusion, GaussianDiffusion, sample
 from evaluation.table import terminal
-from experiment.config import OptimConfig
+from experiment.config import OptimConfig, TrainConfig
 from machine.allocator import return_freed_memory
 from machine.atomic_files import write_atomic
 from metrics.cost import throughput
@@ -28,7 +30,9 @@ from models import create_model
 from models.backbone import Backbone
 from models.compilation import compile_blocks
 from models.layers.launches import AT_ONCE
+from training.batches import Batches
 from training.meter import memory_gb
+from training.objective import Objective
 from training.optimizer import build_optimizer
 from training.preparation import cast_at_once
 
@@ -47,6 +51,14 @@ def backbone(name: str, latent_size: int = 8, num_classes: int = NUM_CLASSES, **
     """Create a backbone on the device, for four-channel latents and learned variances."""
     sizes = {"input_size": latent_size, "in_channels": 4, "out_channels": 8, "num_classes": num_classes}
     return create_model(name, **sizes, **model_args).to(benchmark_device())
+
+
+def wake(model: Backbone) -> Backbone:
+    """Initialise layers that are zero at first, which would hide those before them; return the model."""
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def latents(batch_size: int, latent_size: int = 8, num_classes: int = NUM_CLASSES) -> tuple[Tensor, Tensor]:
@@ -91,6 +103,30 @@ def training_step(
         return loss.detach()
 
     return step
+
+
+def sampling(model: nn.Module, precision: str, noise: Tensor, y: Tensor, **settings: Any) -> Callable[[], Tensor]:
+    """Create a program that generates latents from noise by the linear Gaussian diffusion, also with CUDA graphs."""
+    begin_step = torch.compiler.cudagraph_mark_step_begin
+
+    def generate() -> Tensor:
+        begin_step()
+        return sample(GAUSSIAN, model, noise, y, callback=lambda *_: begin_step(), **settings)
+
+    return autocasting(precision, generate)
+
+
+def batches_of(cache: LatentCache, codec: Codec, batch_size: int) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Create a function that returns latents and labels of the next batch of a training on a cache."""
+    config = TrainConfig(batch_size=batch_size, label_dropout=0.0)
+    micro_batches = Batches(cache, codec, Objective(GAUSSIAN), config, device=benchmark_device()).micro_batches
+    steps = map(micro_batches, itertools.count())
+
+    def next_batch() -> tuple[Tensor, Tensor]:
+        (batch,) = next(steps)
+        return batch.x_0, batch.y
+
+    return next_batch
 
 
 def sparse_cache(folder: Path, num_images: int, image_size: int = 256, channels: int = 8, factor: int = 8) -> None:
