@@ -90,7 +90,6 @@ class Generator:
         start: int | float | None = None,
     ) -> UInt8[Tensor, "b 3 H W"]:
         """Run the sampler from noise, or from `x_t` at `start`, with a generator per image, and decode."""
-
         begin_step = torch.compiler.cudagraph_mark_step_begin if self.compiled == "graphs" else lambda: None
 
         def callback(step: int, x_t: Tensor, x_0: Tensor) -> None:
