@@ -105,8 +105,11 @@ class Resized(NamedTuple):
 def resize_to_cost(
     spec: ModelSpec, target: float, cost_of: Callable[[ModelSpec], float], tolerance: float
 ) -> ModelSpec:
-    """Change a backbone's width to a cost within `tolerance` (relative) of `target`, with heads close in size to its
-    own. Raises ValueError for a backbone without a width, and where no width comes close enough."""
+    """Change a backbone's width so that its cost comes within `tolerance` (relative) of `target`; the depth stays.
+
+    Among the widths that fit, the one whose attention heads are closest in size to the original's is chosen. Raises
+    ValueError for a backbone without a width, and where no width comes close enough.
+    """
     if abs(cost_of(spec) / target - 1) <= tolerance:
         return spec
     # Cost grows roughly with the square of the width: make two guesses, then search all widths near the second.

@@ -45,8 +45,9 @@ def stage_keys(config: ExperimentConfig, scoring: object, pictures: object) -> d
 
 
 def accept_other_code(keys: dict[str, str], stored: dict[str, str], begun: Sequence[str]) -> dict[str, str]:
-    """Replace each key by that of a result of the same configuration and other code, among those `stored` in the run's
-    folder and those of the trainings `begun` in all folders."""
+    """Replace each key by that of an existing result with the same configuration, whatever code made it. `stored` are
+    the keys in the run's folder; `begun` those of the trainings begun in the folders of all runs, since runs may share
+    one."""
 
     def accept(stage: str, key: str) -> str:
         existing = [stored.get(stage, ""), *([stored.get("began", ""), *begun] if stage == "train" else [])]

@@ -168,9 +168,12 @@ def make_plan(
     any_code: bool,
     start: float = 0.0,
 ) -> list[PlannedRun]:
-    """Validate all runs, match and time their backbones, and write `plan.json`, and `measured.json` so that a later
-    plan is the same. `start` is the seconds that a program takes to begin. Raises ValueError naming a variant that
-    cannot be run."""
+    """Validate all runs, match and time their backbones, and write `plan.json`. Measurements are kept in
+    `measured.json`, so that a later plan is the same. `start` is the seconds until a program of this project begins its
+    work.
+
+    Raises ValueError naming the variant that cannot be run.
+    """
     measurements = Measurements(folder / "measured.json", accelerator)
     firsts: dict[str, Run] = {}
     for run in runs:

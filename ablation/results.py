@@ -171,8 +171,11 @@ class Results:
 
     @property
     def references(self) -> dict[str, dict[str, Any]]:
-        """Scores of the floor (training images) and the ceiling (reconstructions), by the name of their row. Runs
-        scored differently or with another autoencoder have their own, named after the first variant."""
+        """Scores of the floor (training images) and the ceiling (reconstructions), by the name of their row.
+
+        Runs that are scored differently, and for the ceiling runs with another autoencoder, have their own: it is taken
+        from the first such run, and named after its variant where there are several.
+        """
         references = {}
         for name, kind, sample_keys in (
             ("training images", "floor", ("labels",)),

@@ -23,8 +23,11 @@ NUM_SHAPES = 6000  # per difficulty
 
 @dataclass(frozen=True)
 class ImageBatches:
-    """Training batches with a fixed number of images from each source, which is read in permuted epochs. A step's
-    content is a function of (seed, step, position in the global batch); each process loads its share."""
+    """Training batches with a fixed number of images from each source.
+
+    Each source is read in epochs, each a permutation of it. The content of a step is a function of (seed, step,
+    position in the global batch), whatever the number of processes; each process loads its share.
+    """
 
     sources: Sequence[Any]  # datasets of `data`, or concatenations of them
     sizes: Sequence[int]  # images of each source in a global batch

@@ -25,9 +25,12 @@ NORMS: dict[str, Callable[[nn.Conv2d], list[nn.Module]]] = {
 
 
 class PatchDiscriminator(nn.Module):
-    """Patch discriminator: a logit per patch, of 70 pixels with three layers, positive for real images (Isola et al.
-    2017, section 3.2.2). `num_layers` convolutions of stride two double the width up to eight times `channels`; two of
-    stride one follow. `norm` is `group` or `spectral` (Miyato et al. 2018); neither mixes images."""
+    """Patch discriminator: a logit per overlapping patch, positive for real images (Isola et al. 2017, section 3.2.2).
+
+    It has `num_layers` convolutions of stride two, whose width doubles up to eight times `channels`, and two of stride
+    one. With three layers a logit has a receptive field of 70 pixels. `norm` is `group`, or `spectral` (Miyato et al.
+    2018); neither mixes the images of a batch.
+    """
 
     def __init__(self, *, channels: int = 64, num_layers: int = 3, norm: str = "group") -> None:
         super().__init__()
@@ -73,9 +76,11 @@ class AutoencoderObjective:
     def likelihood(
         self, reconstruction: Float[Tensor, "b 3 h w"], images: Float[Tensor, "b 3 h w"], s: Tensor
     ) -> dict[str, Float[Tensor, " b"]]:
-        """Compute `error`, `perceptual` and `nll = (error + perceptual) / exp(s) + s`, for pixels the negative
-        log-likelihood of a Laplace distribution of scale exp(s) (l1), or twice that of a normal of variance exp(s)
-        (l2)."""
+        """Compute `error`, `perceptual` and `nll = (error + perceptual) / exp(s) + s`.
+
+        Without the perceptual term and up to a constant, `nll` is the negative log-likelihood of the pixels under a
+        Laplace distribution of scale exp(s) for l1, and twice that under a normal of variance exp(s) for l2.
+        """
         difference = reconstruction - images
         error = _mean(difference.abs() if self.config.error == "l1" else difference.square())
         perceptual = torch.zeros_like(error)
@@ -94,8 +99,11 @@ class AutoencoderObjective:
         autoencoding: Autoencoding,
         critic: Critic | None,
     ) -> dict[str, Float[Tensor, " b"]]:
-        """Compute the loss, accumulate its gradient in the autoencoder's parameters, and return the terms. The gradient
-        is assembled at the reconstruction, so one backward pass suffices for the adaptive weight too."""
+        """Compute the loss, accumulate its gradient in the autoencoder's parameters, and return the terms.
+
+        The gradient with respect to the reconstruction is assembled first: the adaptive weight needs its two parts at
+        the decoder's last layer, and so one backward pass through the autoencoder suffices.
+        """
         s = autoencoding.log_scale
         reconstruction = coded.reconstruction.float()
         pixels = reconstruction.detach().requires_grad_()

@@ -79,8 +79,11 @@ def encoding_parts(autoencoder: Any) -> list[nn.Module]:
 
 
 def build_autoencoder(config: AutoencodingConfig, checkpoint: Path | None = None) -> Any:
-    """Build the AutoencoderKL of a training: a new one, that of `init_from`, or, as `init_from` may have changed, that
-    of the run's `checkpoint`. Raises ValueError for flags that do not go together."""
+    """Build the AutoencoderKL of a training: a new one, or the one that `init_from` names.
+
+    Given a `checkpoint` of the run, its architecture is that of the checkpoint, as `init_from` may have changed since.
+    Raises ValueError for flags that do not go together.
+    """
     if stored := checkpoint and read_metadata(checkpoint / WEIGHTS).get("autoencoder"):
         from diffusers import AutoencoderKL
 
@@ -141,8 +144,11 @@ def measure_latents(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"]) -> tuple
 def export_autoencoder(
     folder: Path, autoencoder: Any, images: UInt8[Tensor, "n 3 h w"], metrics: dict, *, measure: bool, half: bool
 ) -> None:
-    """Write the autoencoder in diffusers' format, with `metrics.json`, atomically; another one there is moved aside.
-    With `measure`, scale and shift are measured on `images`; otherwise they stay as they are."""
+    """Write the autoencoder in diffusers' folder format, with `metrics.json`, replacing the folder atomically.
+
+    A different autoencoder that was in the folder is moved to a new folder beside it. With `measure`, the scale and
+    shift of latents are measured on `images`; otherwise they stay the autoencoder's own.
+    """
     if measure:
         scale, shift = measure_latents(autoencoder, images)
         per_channel = {"latents_mean": None, "latents_std": None}  # statistics of init_from no longer hold

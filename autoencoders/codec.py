@@ -124,8 +124,11 @@ class Codec(nn.Module):
 
 
 class LatentCodec(Codec):
-    """A frozen autoencoder in diffusers' format (Rombach et al. 2022, section 3.1): `x_0 = (z - shift) * scale`. `z` is
-    a posterior sample of an `AutoencoderKL`, or another class's latent; scale and shift are in its configuration."""
+    """A frozen autoencoder in diffusers' format (Rombach et al. 2022, section 3.1): `x_0 = (z - shift) * scale`.
+
+    `z` is a sample of the posterior of an `AutoencoderKL`, or the latent of another class. `scale` and `shift` are the
+    autoencoder's `scaling_factor` and `shift_factor`, or follow from its `latents_mean` and `latents_std` per channel.
+    """
 
     scale: Tensor
     shift: Tensor

@@ -15,8 +15,12 @@ from machine.sharding import full_tensor, is_sharded, local_shard
 
 class Average:
     """A moving average `average <- decay(step) * average + (1 - decay(step)) * value` of parameters and float buffers.
-    Parameters without a gradient, where others have one, are left out, and their steps count from the first that trains
-    them. Of a sharded model each process averages its shards, from `shard_like` on. `profiles` are updated too."""
+
+    Parameters that have no gradient while others do are left out. Their steps count from the first step that trains
+    them, so the average of each stage of a model covers the training of that stage. With a sharded model, each process
+    averages its own shards; it holds no weights until `shard_like` if it is created `sharded`, so that no full copy is
+    made. Updates also apply to the averages in `profiles`.
+    """
 
     def __init__(self, model: nn.Module, decay: Callable[[int], float], *, sharded: bool = False) -> None:
         self.decay = decay
@@ -147,15 +151,19 @@ def first_step(name: str, began: Mapping[str, int | None]) -> int:
 
 
 def power_decay(sigma_rel: float) -> Callable[[int], float]:
-    """Return the decay of a power-function average, whose weights grow as t^gamma. `sigma_rel` is the standard
-    deviation of its profile over the length of training (EDM2, Karras et al. 2024, eq. 3)."""
+    """Return the decay of a power-function average, in which step t has a weight proportional to t^gamma.
+
+    The average's length grows with training: `sigma_rel` is the standard deviation of its profile over the length of
+    training (EDM2, Karras et al. 2024, eq. 3).
+    """
     gamma = gamma_from_sigma_rel(sigma_rel)
     return lambda step: (1 - 1 / (step + 1)) ** (gamma + 1)
 
 
 class EMA(Average):
-    """The exponential average that is sampled; its decay rises, so that short runs forget their initialisation.
-    `profiles` are power-function averages, for `scripts/reconstruct_ema.py`."""
+    """The exponential average that is sampled and evaluated; its decay rises, so that short runs forget their
+    initialisation. `profiles` are power-function averages, from whose snapshots `scripts/reconstruct_ema.py`
+    reconstructs others."""
 
     def __init__(
         self, model: nn.Module, max_decay: float, profiles: Sequence[float] = (), *, sharded: bool = False

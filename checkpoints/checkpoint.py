@@ -169,9 +169,12 @@ def warm_start(
     diffusion: DiffusionConfig | None = None,
     whole: bool = False,
 ) -> str:
-    """Initialise a model from a checkpoint's averaged weights, by name, shape and class; return a report, with warnings
-    of other latents than `codec`'s and other settings of `diffusion`. Raises CheckpointError if none fits or, for a
-    `whole` model, if one but label embeddings is missing."""
+    """Initialise a model from the averaged weights of a checkpoint, and return a report of what was loaded. It warns of
+    other latents than `codec`'s and other settings of `diffusion`, under which the output means something else.
+
+    Weights are matched by name and shape, and rows of label embeddings by class name. Raises CheckpointError if none
+    fits or, for a `whole` model, if one is missing, except for label embeddings.
+    """
     file, state = find_weights(path, accelerator), weights_of(model)
     weights, metadata = read_shapes(file), read_metadata(file)
     known = json.loads(metadata.get("classes", "[]"))
@@ -237,8 +240,9 @@ def map_label_rows(
 
 
 def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) -> Checkpoint:
-    """Open a checkpoint without its weights, by a path or name (`find_weights`); with an accelerator the main process
-    chooses for all. Raises CheckpointError if there is none, or if it is damaged or malformed."""
+    """Open a checkpoint, without its weights: a run's newest one, a checkpoint's folder, the weights file,
+    hf://owner/name, or `embedded`. With an accelerator the main process chooses for all, see `find_weights`. Raises
+    CheckpointError if there is none, or if it is damaged or malformed."""
     weights = find_weights(path, accelerator)
     metadata = read_metadata(weights)
     missing = {"config", "spec", "classes", "step", "commit"} - metadata.keys()

@@ -68,8 +68,12 @@ def copy_checkpoint(
     *,
     keep: bool = True,
 ) -> Callable[[], None]:
-    """Copy the state of a training to main memory, and return a function that writes it to `folder/<step>` atomically
-    while training goes on, but before the next copy. All processes must call; only the one with `keep` gets copies."""
+    """Copy the state of a training to main memory, and return a function that writes it to `folder/<step>`.
+
+    Training may go on while that function runs, but it must end before the next copy. It writes the checkpoint
+    atomically, or raises `OSError`. As tensors may be sharded, all processes must call `copy_checkpoint`; only the one
+    with `keep` gets copies and may write.
+    """
     progress_text = json.dumps({"step": step, **progress})
     profile_metadata = {**metadata, "began": json.dumps(training.ema.began or {})}
     optimizers = {_state_file(name): optimizer_tensors(optimizer) for name, optimizer in training.optimizers.items()}

@@ -46,9 +46,11 @@ def native_names(classes: list[str]) -> list[str]:
 
 
 def to_diffusers(model: nn.Module) -> Any:
-    """Convert a DiT to a `DiTTransformer2DModel` whose null label is 1000, or raise ValueError saying why not. Outputs
-    differ slightly, as do the frequencies of its time embedding, until `time_proj.downscale_freq_shift` of every
-    block's `norm1.emb` is 0."""
+    """Convert a DiT to a `DiTTransformer2DModel` whose null label is 1000. Raises ValueError saying why it cannot be.
+
+    Outputs differ slightly: the frequencies of diffusers' time embedding are spaced by 10000^(1/127), those of DiT and
+    ours by 10000^(1/128). They agree once `time_proj.downscale_freq_shift` of every block's `norm1.emb` is 0.
+    """
     from diffusers import DiTTransformer2DModel
 
     if not isinstance(model, DiT) or len(model.joins):
@@ -72,8 +74,10 @@ def to_diffusers(model: nn.Module) -> Any:
 
 
 def without_shift(autoencoder: Any) -> Any:
-    """Fold an autoencoder's `shift_factor`, which DiTPipeline ignores, into the convolutions around its latents, in a
-    copy. Raises ValueError where it has no such convolutions."""
+    """Fold an autoencoder's `shift_factor`, which DiTPipeline ignores, into the convolutions around its latents.
+
+    Returns a copy, or the autoencoder itself if it has no shift. Raises ValueError where it has no such convolutions.
+    """
     has_one_scale = type(autoencoder).__name__ == "AutoencoderKL" and autoencoder.config.get("latents_std") is None
     _refuse(not has_one_scale, "DiTPipeline wants an AutoencoderKL of one scale for all channels;")
     shift = autoencoder.config.shift_factor

@@ -18,8 +18,11 @@ PARTS = Path(__file__).parent.parent / "assets" / "diffusers"
 
 
 def write_folder(folder: Path, checkpoint: Any, codec: Codec, sampling: Any, *, native: bool) -> str:
-    """Write scheduler, autoencoder, backbone and index, and say in what form the backbone is: with `native` a
-    `DiTPipeline`, else a program. Raises ValueError naming the setting that diffusers cannot reproduce."""
+    """Write scheduler, autoencoder, backbone and index, and say in what form the backbone is.
+
+    With `native` that is a `DiTPipeline`, otherwise an exported program with a pipeline of our own. Raises ValueError
+    naming the setting that diffusers cannot reproduce.
+    """
     vae = None
     if isinstance(codec, LatentCodec):
         vae = codec.autoencoder

@@ -66,8 +66,11 @@ def public_autoencoder(weights: Path, source: str | None) -> list[Path]:
 
 
 def public_file(weights: Path) -> tuple[Path, PublicFile | None]:
-    """Resolve a path of weights, or the name of a public file, which is downloaded unless it is here; also return what
-    such a file should hold. Raises ValueError saying why it cannot be downloaded."""
+    """Resolve a path of weights, or the name of a public file, with or without its suffix.
+
+    A public file that does not exist here is downloaded. Returns the path, and what the file should hold if its name is
+    that of a public file. Raises ValueError saying why a file cannot be downloaded.
+    """
     name = next((name for name in FILES if str(weights) in (name, Path(name).stem)), None)
     existing = next((path for path in (weights, Path(name or weights)) if path.is_file()), None)
     if existing or name is None:

@@ -30,8 +30,9 @@ REACH = 1 / 8  # of the side: the largest integer translation, and the standard 
 def sample_augmentation(
     probability: float, mirrored: Int64[Tensor, " b"], size: tuple[int, int], generator: torch.Generator
 ) -> Changes:
-    """Sample the changes of a batch of images of a size (height, width), each kind with this `probability`, a vertical
-    flip with half of it; `mirrored` is 1 for images already flipped horizontally."""
+    """Sample the changes of a batch of images of a size (height, width). Each kind of change is applied with this
+    `probability`, a vertical flip with half of it; `mirrored` is 1 for images that were already flipped horizontally.
+    """
     num, options = len(mirrored), {"generator": generator, "device": mirrored.device}
     applied = torch.rand(6, num, **options) < probability
     uniform, normal = 2 * torch.rand(5, num, **options) - 1, torch.randn(4, num, **options)
@@ -50,8 +51,11 @@ def sample_augmentation(
 
 
 def apply_augmentation(images: Pixels, changes: Changes) -> Pixels:
-    """Apply changes to images, already flipped horizontally, padded by reflection. Vertical flips and integer
-    translations move pixels; the others resample them bicubically at twice the resolution."""
+    """Apply changes to images that are already flipped horizontally where the change says so; pad by reflection.
+
+    Vertical flips and integer translations move pixels without interpolation. The other changes resample the image:
+    bicubic interpolation at twice the resolution, followed by antialiased bicubic downsampling.
+    """
     _, flip, shift_x, shift_y, scale, cos, sin, stretch_cos, stretch_sin, fraction_x, fraction_y = changes.T
     unflip = torch.diag_embed(torch.stack([torch.ones_like(scale), 1 - 2 * flip], dim=1))
     moved = _warp(images.float(), unflip, torch.stack([shift_x, shift_y], dim=1), 1, "nearest")
@@ -71,8 +75,9 @@ def apply_augmentation(images: Pixels, changes: Changes) -> Pixels:
 def _warp(
     images: Tensor, inverse: Float[Tensor, "b 2 2"], shift: Float[Tensor, "b 2"], factor: int, mode: str
 ) -> Tensor:
-    """Apply a linear map, whose `inverse` acts on (x, y) in pixels from the centre, and a translation, in units of
-    `REACH` times the sides; sample at `factor` times the resolution."""
+    """Apply a linear map and then a translation to images, and sample the result at `factor` times the resolution.
+    `inverse` is that of the map, which acts on (x, y) in pixels from the centre; `shift` is in units of `REACH` times
+    the sides."""
     num, channels, height, width = images.shape
     inverse = inverse * inverse.new_tensor([[1, height / width], [width / height, 1]])  # now of x and y in [-1, 1]
     theta = torch.cat([inverse, -inverse @ (2 * REACH * shift)[:, :, None]], dim=2)

@@ -15,9 +15,12 @@ MAX_GREY_DISTANCE = 5.0  # largest mean difference of the greys, in levels of 25
 
 
 def near_duplicates(names: Sequence[str], read: Callable[[str], Image.Image]) -> dict[str, str]:
-    """Group near-duplicates, mirrored ones included, as connected components; return the first name of its group for
-    each. Images are compared by a difference hash (dHash) of their small grey versions; in mostly even images, whose
-    bits have no meaning, also by their greys."""
+    """Group near-duplicates, mirrored ones included; return the first name of its group for each grouped image.
+
+    Images are compared by a difference hash (dHash): a bit says whether a pixel of a small grey version is lighter than
+    its left neighbour. The bits of even areas, such as margins, have no meaning; mostly even images are also compared
+    by their greys. Groups are the connected components of images that are alike.
+    """
     from scipy.sparse import coo_array  # takes half a second to import
     from scipy.sparse.csgraph import connected_components
 

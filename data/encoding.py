@@ -35,9 +35,12 @@ def build_cache(
     num_threads: int = 1,
     accelerator: Any = ALONE,
 ) -> None:
-    """Encode a data set into `folder`: processes share the missing shards, and the first writes the manifest, with
-    `provenance`, at the end. Batches are the same for any number of threads and processes; of at most `batch_size`
-    images in them, mirrored ones count."""
+    """Encode a data set into `folder`. Existing shards are kept; missing ones are distributed over an
+    Accelerator's processes, and the first writes the manifest, with the entries of `provenance`, when all are done.
+
+    The composition of batches does not depend on the number of threads and processes, so the result does not either. Of
+    at most `batch_size` images, mirrored ones count.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     starts, rank = range(0, len(dataset), IMAGES_PER_SHARD), accelerator.process_index
     names = [f"shard-{number:05d}.safetensors" for number in range(len(starts))]

@@ -12,8 +12,11 @@ from torch.utils.data import Dataset
 
 
 class ImageSet(Dataset[tuple[Tensor, int]]):
-    """The images of one split: `dataset[i] -> (uint8 [3 h w], label)`. A subclass implements `read` and sets the
-    attributes without a default; its `source_hash` must depend on the images' content."""
+    """The images of one split: `dataset[i] -> (uint8 [3 h w], label)`.
+
+    A subclass implements `read` and sets the attributes without a default. Caches, checkpoints and scores compare
+    `describe()`, so `source_hash` must depend on the images' content.
+    """
 
     split: str  # "train", "test" or "all"
     image_size: tuple[int, int] | None  # height and width; None if images have different sizes

@@ -34,8 +34,11 @@ _NEAR_DUPLICATES: dict[str, dict[str, str]] = {}  # by the images' hash, compute
 
 
 class ImageDataset(ImageSet):
-    """A split (train, test or all) of images in a folder, a zip, tar or parquet shards, or on the hub. The settings are
-    those of `experiment.config.DataConfig`. Without an `image_size`, images keep their own."""
+    """A split (train, test or all) of the images in a folder or a zip (`data.layout`), in tar shards (`data.tars`), or
+    in parquet shards, on the disk or on the hub (`data.parquet`).
+
+    The settings are those of `experiment.config.DataConfig`. Without an `image_size`, images keep their own.
+    """
 
     crop = "center, upright"
 

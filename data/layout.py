@@ -40,9 +40,12 @@ class Layout:
 def infer_layout(
     names: Iterable[str], read: Callable[[str], bytes], classes: Sequence[str] = (), exclude_classes: Sequence[str] = ()
 ) -> Layout:
-    """Find images, classes and splits in a tree of files, given their paths: each folder of images is a class, below
-    `train/` and `test/` (or `val/`) if they exist, or a `labels.csv` names the classes. A class folder may lie in
-    another only if one is left out. Ambiguous trees raise `DataError`."""
+    """Find images, classes and splits in a tree of files, given their paths.
+
+    Each folder of images is a class, below folders `train/` and `test/` (or `val/`) if they exist. Images without class
+    folders may have their classes in a `labels.csv`. A class folder may lie in another only if one of them is left out.
+    Ambiguous trees raise `DataError`.
+    """
     images, tables, left_out = _sort_by_kind(names)
     root, paths, loose = _common_folder({name: name for name in images})
     splits, notes = None, [f"in {root}"] if root else []

@@ -8,8 +8,11 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Callable that returns `function(step, *args)` and starts computing the next `num_steps` steps, before `end`, in
-    threads. An error of a step is raised when that step is requested."""
+    """Callable that returns `function(step, *args)` and starts computing the next `num_steps` steps in threads.
+
+    Steps from `end` on are not prefetched. A step that was not prefetched is computed when it is requested. An error of
+    a step is raised when that step is requested.
+    """
 
     def __init__(self, function: Callable[..., T], num_steps: int, end: int | None = None) -> None:
         self.function, self.num_steps, self.end = function, num_steps, end

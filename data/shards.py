@@ -29,8 +29,11 @@ CHECKED = "checked"  # file beside the shards: their stamp when their checksums 
 
 
 class Rows:
-    """The encodings [n v ...] of all shards, read from their files on demand, by several threads at once. A memory map
-    would be slower, count as the process's memory, and turn a disk error into a signal that kills it."""
+    """The encodings [n v ...] of all shards, read from their files on demand; several threads may read at once.
+
+    Files are not memory-mapped. A map would be slower (docs/performance.md), count every touched page as memory of the
+    process, and turn a disk error into a signal that kills it.
+    """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         headers = [_header(path) for path in paths]

@@ -25,8 +25,12 @@ def infer_tar_layout(
     classes: Sequence[str] = (),
     exclude_classes: Sequence[str] = (),
 ) -> Layout:
-    """Find images, classes and splits in tar shards, given files as `shard.tar/path` in order, and `classnames.txt`.
-    Without labelled samples, images in folders or named by a labels.csv are read as one tree, like a zip."""
+    """Find images, classes and splits in tar shards, given files as `shard.tar/path` in the shards' order, and the
+    content of `classnames.txt`.
+
+    If no sample has a label and the images lie in folders, or a labels.csv names them, the shards are read as one tree,
+    like a zip.
+    """
     images: dict[str, str] = {}  # by key
     labels: dict[str, str] = {}
     duplicates: list[str] = []  # messages about samples with several images

@@ -149,8 +149,11 @@ class Diffusion:
         return self._draw_times(num, generator, device)
 
     def reverse_steps(self, num_steps: int, spacing: str | None = None) -> list[Step]:
-        """Return a sampler's times and transitions, noisiest first, as float64 scalars on the CPU. A prediction of the
-        noise starts at the last time with a finite sigma / alpha, as at pure noise it says nothing of `x_0`."""
+        """Return a sampler's times and transitions, noisiest first, as float64 scalars on the CPU.
+
+        At pure noise, a prediction of the noise says nothing about `x_0`; with such a model, the chain starts at the
+        last time with a finite ratio sigma / alpha.
+        """
         times = spaced_times(self.path, num_steps, spacing or self.default_spacing)
         if self._target.data is None and not self.path(times[-1:]).alpha > 0:
             times[-1] = self._finite_times[1]
@@ -287,9 +290,13 @@ class Diffusion:
     def guided_target(
         self, model: Denoiser, x_t: Images, t: Timesteps, y: Labels, target: Images, extras: Mapping[str, Any] = EMPTY
     ) -> Images:
-        """Return the target of a model that learns its own guidance (model-guidance, Tang et al. 2025); without a label
-        it stays. It moves by `1 - 1 / s` times the difference between outputs with and without the label, for the scale
-        s, so that the model that agrees with it has the output of classifier-free guidance at that scale."""
+        """Return the target of a model that learns its own guidance; that of samples without a label stays as it is.
+
+        The target moves by `1 - 1 / s` times the difference between the model's outputs with and without the label,
+        for a scale of s: `guidance_scale`, or that of each sample, which the model is told. The model that agrees with
+        its own targets then has the output of classifier-free guidance at that scale (model-guidance, Tang et al.
+        2025).
+        """
         null_label = num_classes_of(model)
         with eval_mode(model):
             both = with_and_without_label(self.precondition(model), null_label, x_t, t, y, **extras)

@@ -15,9 +15,12 @@ from diffusion.calls import eval_mode
 
 @contextmanager
 def differentiable_forward(model: object) -> Iterator[None]:
-    """A context in which the model's forward pass supports forward-mode differentiation: in eval mode, so that no batch
-    is mixed; uncompiled, as generated kernels have no such derivatives; with norms in float32, as matrix products in
-    bfloat16 reject the float32 tangents of bfloat16 norms."""
+    """A context in which the model's forward pass supports forward-mode differentiation.
+
+    The model is in eval mode, as in sampling: stochastic depth is off, and batch norms do not mix samples. It runs
+    uncompiled, because generated kernels have no forward-mode derivatives. Norms run in float32, because the tangents
+    of bfloat16 norms are float32, which matrix products with bfloat16 reject.
+    """
     load_forward_rules()
     parts = model.modules() if isinstance(model, nn.Module) else ()
     norms = [part for part in parts if isinstance(part, nn.LayerNorm | nn.GroupNorm | _BatchNorm)]

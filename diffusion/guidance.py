@@ -29,8 +29,11 @@ def drop_labels(
     generator: torch.Generator | None = None,
     uniform: Float[Tensor, " b"] | None = None,
 ) -> Labels:
-    """Replace labels by the null label `num_classes` where `uniform` [0, 1), by default drawn by `generator` on the
-    device of `y`, is below the probability (Ho and Salimans 2022, algorithm 1)."""
+    """Replace labels by the null label `num_classes` with a probability (Ho and Salimans 2022, algorithm 1).
+
+    A label is dropped if its number in `uniform` [0, 1) is below `probability`; by default `generator`, on the device
+    of `y`, draws these numbers.
+    """
     if uniform is None:
         uniform = torch.rand(y.shape, generator=generator, device=y.device)
     return torch.where(uniform < probability, num_classes, y)
@@ -133,9 +136,11 @@ def rescaled_guidance(rule: Mix, strength: float) -> Mix:
 
 
 def projected_guidance(diffusion: Diffusion, parallel: float, radius: float | None) -> Mix:
-    """Adaptive projected guidance (Sadat et al. 2024, algorithm 1): the push, the difference of the predictions of
-    `x_0`, is clipped to the norm `radius`, and its part along the prediction, which saturates images, scaled by
-    `parallel`."""
+    """Adaptive projected guidance (Sadat et al. 2024, algorithm 1).
+
+    The push, the difference of the two predictions of `x_0`, is clipped to the norm `radius`. Its component along the
+    prediction, which saturates images, is scaled by `parallel`.
+    """
 
     def mix(good: Tensor, worse: Tensor, scale: float, x_t: Tensor, t: Tensor) -> Tensor:
         at = diffusion.path.levels(t)

@@ -32,8 +32,11 @@ class Target(NamedTuple):
         return (noise * x_t - at.sigma * output) / determinant, (at.alpha * output - data * x_t) / determinant
 
     def determinant(self, at: AtLevel) -> Tensor:
-        """Return the determinant of the linear system that `solve` solves. At fixed `x_t` the error of `x_0` is `sigma
-        / |determinant|` times that of the output, so their ratio converts errors between two targets."""
+        """Return the determinant of the linear system that `solve` solves.
+
+        At fixed `x_t`, the error of `x_0` is `sigma / |determinant|` times the error of the output, so the ratio of two
+        determinants converts errors between two targets.
+        """
         from_noise = 0 if self.noise is None else at.alpha * self.noise(at)
         from_data = 0 if self.data is None else at.sigma * self.data(at)
         return torch.as_tensor(from_noise - from_data)

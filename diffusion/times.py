@@ -35,8 +35,11 @@ def logit_normal(
 def mode(
     num: int, generator: torch.Generator | None, device: Device, *, scale: Annotated[float, "[-1, 1.7519]"] = 1.29
 ) -> Float[Tensor, " num"]:
-    """Draw times with a heavy-tailed density (Esser et al. 2024, eq. 20, with 1 - u in place of u): more of the middle
-    or, with a scale below 0, of both ends. Scales within its range keep the map from u monotonic."""
+    """Draw times with a heavy-tailed density (Esser et al. 2024, eq. 20, with 1 - u in place of u).
+
+    It favours the middle or, with a scale below 0, both ends. Scales from -1 to 2 / (pi - 2) keep the map from u
+    monotonic, as an inverse distribution function must be.
+    """
     u = uniform(num, generator, device)
     return (1 + scale) * u - scale * (0.5 * torch.pi * u).sin().square()
 

@@ -142,9 +142,11 @@ def posterior(
 
 
 def latent_statistics(codec: LatentCodec, means: dict[str, Tensor]) -> dict[str, Any]:
-    """Compute statistics of the latents by channel, over images, positions and posterior samples. `activity` is the
-    variance over images of the posterior mean, for a prior of 1 (Burda et al. 2016, section 5.2); below `ACTIVE` a
-    channel is dead."""
+    """Compute statistics of the latents by channel, over images, positions and posterior samples.
+
+    `activity` is the variance over images of the posterior mean of `z`, in the units in which the prior has variance 1
+    (Burda et al. 2016, section 5.2). A channel whose activity is below `ACTIVE` is dead.
+    """
     mean = reduce(means["mean"], "c h w -> c", "mean")
     covariance = means["product"] - mean[:, None] * mean + means["within"].diag()
     std = covariance.diagonal().clamp(min=0).sqrt()
@@ -165,8 +167,10 @@ def measure_autoencoders(
     accelerator: Accelerator,
     output: str | None = None,
 ) -> str:
-    """Measure autoencoders on the held-out images, all opened before anything is measured; write JSON and pictures, and
-    return a summary in words."""
+    """Measure autoencoders on the held-out images, write JSON and pictures, and return a summary in words.
+
+    Autoencoders, networks and data are opened first, so that what is missing is reported before anything is measured.
+    """
     codecs = [open_codec(name, data.image_size) for name in dict.fromkeys(names)]
     distance = open_distance(*perceptual, accelerator.device)
     scorer, reference = open_scorer(data, accelerator, evaluation)
@@ -329,8 +333,9 @@ def advice(rows: Sequence[Row], codecs: Sequence[LatentCodec], image_size: int) 
 
 
 def recommend(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
-    """Recommend the fastest decoder within two standard errors of the best score, by the first metric of `DECIDING`
-    that all have, and within a decibel of the best PSNR, as few images or features do not tell them apart."""
+    """Recommend the fastest decoder among those within two standard errors of the best score, that of the first metric
+    of `DECIDING` that all have, and of these within a decibel of the best PSNR: few images, or features that ignore
+    blur, do not tell autoencoders apart."""
     scores = {row.name: {find_metric(title)[0]: score for title, score in _without_halves(row).items()} for row in rows}
 
     def is_available(metric: str) -> bool:

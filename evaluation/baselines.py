@@ -25,8 +25,12 @@ def baselines(
     evaluation: EvaluationConfig,
     accelerator: Accelerator,
 ) -> list[tuple[Source, Sequence[str]]]:
-    """List the baselines, each with its metrics: training images that match the samples in number and classes or, for
-    metrics of a probe fitted to those, held-out images; each followed by its reconstructions, except in pixel space."""
+    """List the baselines, each with the metrics to compute for it.
+
+    Most metrics are computed for training images that match the samples in number and classes. Metrics of a probe that
+    was fitted to the training images are computed for held-out images instead. Except in pixel space, each is followed
+    by its reconstructions.
+    """
     by_class = [name for name in evaluation.metrics if METRICS[name].needs == "labelled" and not METRICS[name].teaches]
     others = [name for name in evaluation.metrics if name not in by_class]
     floors: list[tuple[Source, str, list[str]]] = []  # images, name of their reconstructions, metrics

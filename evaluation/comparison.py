@@ -32,8 +32,12 @@ STATED += ("guidance_unlabelled", "legacy_cfg_channels", "clip", "autoencoder", 
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """Read an evaluation's record from a JSON file or a run's `scores.json`. Raises ValueError if the file is no record
-    of scores, and OSError if it cannot be read."""
+    """Read an evaluation's record from a JSON file or from `scores.json` in a run's folder.
+
+    Raises:
+        ValueError: the file is no record of scores.
+        OSError: it cannot be read.
+    """
     if path.is_dir():
         path = path / "scores.json"
         if not path.exists():
@@ -54,8 +58,11 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def check_comparable(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse scores that differ in more than the samples: raise ValueError naming the first record with another number,
-    reference, extractor or metrics than the first of all."""
+    """Refuse scores that differ in more than the samples: their number, the reference, the extractor, the metrics.
+
+    Raises:
+        ValueError: names the first record that differs from the first of all, and in what.
+    """
     first = records[0]
     for name, record in zip(names, records, strict=True):
         same = dict(SAME) | {f"reference.{entry}": "reference images" for entry in REFERENCE}
@@ -69,8 +76,11 @@ def check_comparable(names: Sequence[str], records: Sequence[Mapping[str, Any]])
 
 
 def combined_rows(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[Row]:
-    """All rows, those of samples named after their evaluation, as their setting `run` is. Rows of real images and of
-    reconstructions follow, once where evaluations agree, else with the evaluation's name."""
+    """All rows, those of samples named after their evaluation, as their setting `run` is.
+
+    Rows of real images and of reconstructions follow at the end, without settings: once where several evaluations
+    agree, and else with the evaluation's name.
+    """
     samples: list[Row] = []
     others: dict[str, Row] = {}
     for name, record in zip(names, records, strict=True):

@@ -19,8 +19,11 @@ from metrics.scores import Score
 def held_out_likelihood(
     checkpoint: Checkpoint, codec: Codec, held_out: ImageSet, num_images: int, accelerator: Accelerator, *, seed: int
 ) -> Score:
-    """Estimate bits per dimension (in latent space, of latents) of a stratified sample of held-out images given their
-    labels: mean and standard error. Random numbers of image `i` depend on (seed, i) only."""
+    """Estimate bits per dimension of held-out images given their labels: mean and standard error.
+
+    The images are a stratified sample. In latent space the result concerns the density of latents. The random numbers
+    for image `i` depend on (seed, i) only.
+    """
     if not 2 <= num_images <= len(held_out):
         raise ValueError(f"--likelihood {num_images} must lie in 2..{len(held_out)}, the held-out images; 0: none")
     diffusion, device = checkpoint.build_diffusion(), accelerator.device

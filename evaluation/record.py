@@ -223,9 +223,12 @@ def draw_pairs(samples: Source, train: Source, memorisation: Memorisation, path:
 
 
 def draw_sweep(rows: Sequence[Row], path: Path, columns: Sequence[str] = (), *, along: str | None = None) -> None:
-    """Plot the first metric against a setting, `along`, by default guidance scale or cost of sampling, and precision
-    against recall. Each combination of other varying settings, in `SWEPT` and `columns`, is a line, with error bars
-    over trials."""
+    """Plot the first metric against a setting, `along`, and precision against recall.
+
+    By default this is the guidance scale or, if only the number of steps varies, the number of network evaluations
+    (`cost_of_sampling`). Each combination of other varying settings, in `SWEPT` and `columns`, is a line, in the order
+    of the setting. Error bars show the spread over trials.
+    """
     from matplotlib.figure import Figure
 
     distance = next(iter(rows[0].scores))

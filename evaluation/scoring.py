@@ -154,8 +154,11 @@ class Scorer:
         reference: Reference,
         keep: Callable[[list["Row"]], object] = lambda done: None,
     ) -> tuple[list["Row"], Features]:
-        """Score rows of the table, given as trials and metrics; also return the features of the first trial. `keep` is
-        called with what is done after each trial but the last. Later trials that diverge have no scores."""
+        """Score rows of the table, given as trials and metrics, and also return the features of the first trial.
+
+        `keep` is called with what is done after each trial but the last. Trials after the first that cannot be scored,
+        such as those of settings that diverge, have no scores.
+        """
         features = None
         summaries: list[Row] = []
         for trials, metrics in rows:
@@ -177,9 +180,12 @@ class Scorer:
         return summaries, features
 
     def memorisation(self, features: Features, controls: Controls, data: DataConfig, codec: Codec) -> Memorisation:
-        """Compare the distances of samples, by their features, and of held-out images to their nearest training images.
-        All pass through the codec, so that its artefacts do not matter: training images by the posterior's mean, others
-        by a sample."""
+        """Compare the distances of samples, given by their features, and of held-out images to their nearest training
+        images.
+
+        All images pass through the codec, so that its artefacts do not matter: training images are decoded from the
+        posterior's mean, copies and held-out images from a sample of the posterior.
+        """
         train: Any = self.reference(data, "train", codec).features.features
 
         def find_nearest(features: Features) -> tuple[Tensor, Tensor]:

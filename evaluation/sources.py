@@ -164,8 +164,9 @@ def from_checkpoint(
     reference: ImageSet | UInt8[Tensor, "n 3 h w"] | None,
     compiled: str | None = None,
 ) -> list[list[Source]]:
-    """Samples of a checkpoint: for each of the overrides in `settings` a list of trials with consecutive seeds, by
-    default of as many images as the `reference`, and with its labels for `--labels reference`."""
+    """Samples of a checkpoint: for each of the overrides in `settings` a list of trials with consecutive seeds. By
+    default there are as many samples as images in the `reference`, if it has images; `--labels reference` takes their
+    labels."""
     diffusion, defaults = checkpoint.build_diffusion(), checkpoint.config.sampling
     resolved = [
         resolve_sampling(defaults, diffusion, checkpoint.num_guided, say=accelerator.print, **overrides)

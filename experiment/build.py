@@ -81,8 +81,9 @@ def open_split(config: DataConfig, split: str, accelerator: Accelerator | None =
 def open_cache(
     config: DataConfig, codec: Codec | FeatureMaps, dataset, accelerator: Accelerator, *, flips: bool
 ) -> LatentCache:
-    """Open the encoded images, or features of images, which all processes encode on first use; they are loaded to the
-    device if they take less than a quarter of its free memory, else read from files."""
+    """Open the encoded images, or features of images; on first use, all processes encode them into the cache folder.
+    They are loaded to the device if they take less than a quarter of its free memory, and stay in their files
+    otherwise."""
     expected = {**codec.identity, **dataset.describe(), "flips": flips}
     folder, device = Path(config.cache) / cache_name(expected), accelerator.device
     num_sharing = num_processes_here(accelerator)

@@ -252,8 +252,11 @@ def parse_mapping(config_class: type[T], values: dict[str, Any]) -> T:
 
 
 def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
-    """Parse the configuration of a training. `--resume RUN` takes defaults from that run's `config.yaml`; `--resume
-    auto` resumes the run of this name if it has an intact checkpoint, and starts it otherwise."""
+    """Parse the configuration of a training.
+
+    With `--resume RUN` that run's `config.yaml` provides the defaults. `--resume auto` resumes the run of this name if
+    its folder has an intact checkpoint, and starts it afresh otherwise.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     config = parse(config_class, arguments)
     if config.resume == "auto":

@@ -75,8 +75,9 @@ KINDS = {
 
 
 def check_inputs(config: Any, prefix: str = "--") -> None:
-    """Raise ValueError, naming the flag, if a setting of `settings.reads` names nothing that exists, alone or with
-    commas in between. Only the main process checks, as others may not see its files; `config.unread` is left out."""
+    """Raise ValueError, naming the flag, if a setting that `settings.reads` declares names nothing that exists, or one
+    of several names with commas in between. Only the main process checks, as others may not see its files. Settings in
+    `config.unread` are left out."""
     if os.environ.get("RANK", "0") != "0":
         return
     for setting in (setting for setting in fields(config) if setting.name not in getattr(config, "unread", ())):

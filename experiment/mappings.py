@@ -34,8 +34,11 @@ REMOVED = {  # settings that no longer exist, and the values at which they can b
 
 
 def upgrade(values: Any) -> Any:
-    """Convert a configuration of an older version: drop removed settings without effect, and make `eta` (of ddim) and
-    `churn` (of heun), once settings of `sampling`, sampler arguments."""
+    """Convert a configuration of an older version to the current settings.
+
+    Drops removed settings that have no effect. `eta` (of ddim) and `churn` (of heun), once settings of `sampling` that
+    were 0 for all other samplers, become sampler arguments.
+    """
     if not isinstance(values, Mapping):
         return values
     groups = {name: dict(group) if isinstance(group, Mapping) else group for name, group in values.items()}

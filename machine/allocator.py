@@ -9,8 +9,12 @@ SETTINGS = ("MALLOC_", "GLIBC_TUNABLES")  # environment variables of the user, w
 
 
 def reuse_freed_memory() -> None:
-    """Have glibc keep the memory of freed tensors for the next ones. By default each large tensor is unmapped, and
-    every activation costs page faults: two thirds of a feature extractor's time at batch 64 (docs/performance.md)."""
+    """Have the allocator keep the memory of freed tensors for the next ones.
+
+    By default glibc maps each large tensor and unmaps it when it is freed, so that every activation costs page faults:
+    two thirds of the time of a feature extractor at batch 64 (docs/performance.md). Nothing happens with other C
+    libraries.
+    """
     if not _is_glibc() or any(name.startswith(SETTINGS) for name in os.environ):
         return
     mallopt = ctypes.CDLL(None).mallopt

@@ -41,8 +41,11 @@ def write_atomic(path: Path, text: str, *, keep: bool = False) -> None:
 
 @contextmanager
 def atomic_path(path: Path, *, keep: bool = False) -> Iterator[Path]:
-    """Context that yields a temporary path to write a file or folder to, and moves it into place at the end; leftovers
-    of killed writers are removed. With `keep`, another file that is there is kept, see `keeping`."""
+    """Context that yields a temporary path to write a file or folder to, and moves it into place at the end. The path
+    lies in a temporary folder of this writer; leftovers of killed writers are removed.
+
+    With `keep`, another file that is there is kept, see `keeping`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, host = f".{path.name}.", re.sub(r"[^\w-]", "-", socket.gethostname())
     for left_over in path.parent.glob(f"{glob.escape(beside)}*.partial"):
@@ -65,8 +68,9 @@ def atomic_path(path: Path, *, keep: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def keeping(paths: Iterable[Path]) -> Iterator[None]:
-    """Context that may write to these paths. Other files that were there are kept as `NAME.before-TIME`, which is
-    printed, unless they are empty; after an error, those not written have their names back."""
+    """Context that writes to these paths, or not. The files that were there are kept as `NAME.before-TIME`, which is
+    printed, unless they are empty or the same is written again. After an error, those not yet written have their names
+    back."""
     kept = {path: path.rename(unused_path(path)) for path in paths if path.is_file() and path.stat().st_size}
     failed = True
     try:

@@ -33,8 +33,9 @@ def precision_of(accelerator: "Accelerator") -> str:
 
 
 def set_float32(precision: str) -> None:
-    """Set how CUDA computes float32: with 'bf16', convolutions may use TF32; matrix products, on which scores, Muon and
-    likelihoods depend, never do. cuDNN picks the fastest convolution for each shape."""
+    """Set how CUDA computes float32 operations. With 'bf16', convolutions (of the autoencoder and Inception) may use
+    TF32; matrix products, on which scores, Muon and likelihoods depend, never do. With 'fp32' nothing uses TF32. cuDNN
+    picks the fastest convolution kernel for each shape."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = precision == "bf16"
     torch.backends.cuda.matmul.allow_tf32 = False

@@ -62,8 +62,9 @@ def place_shards(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 class _OneParameterAtATime(TorchDispatchMode):
     """While modules are created in this context, only the parameter that was created or filled last is whole in main
-    memory; of others, shards are kept. One that is filled again has its memory back, so random numbers are drawn as
-    always."""
+    memory; of all others, the shards are kept. A constructor that fills a parameter again, because it replaces its
+    layers' own initialisation, has the memory back for that time. So it draws the random numbers that it always draws.
+    """
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()

@@ -16,9 +16,11 @@ LR = 2e-3
 
 
 class SmallClassifier(nn.Module):
-    """A convolutional classifier of images resized to `side` pixels, which if small make it insensitive to blur. Stages
-    of two convolutions halve the resolution, down to 4x4, and double the width; average pooling and two linear layers
-    follow."""
+    """A convolutional classifier of images resized to `side` pixels.
+
+    Stages of two convolutions halve the resolution and double the width, down to 4x4. Global average pooling, a linear
+    layer to the features and one to the classes follow. A small `side` makes it insensitive to an autoencoder's blur.
+    """
 
     def __init__(self, num_classes: int, *, side: int = 32, width: int = 24) -> None:
         super().__init__()

@@ -64,9 +64,12 @@ def with_resizing(network: nn.Module, side: int) -> nn.Module:
 
 
 def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[nn.Module, str, bool]:
-    """Load an extractor: one of `NAMES` or `timm:NAME`, with its weights or a file's, or a program's path. Return a
-    network from uint8 images to features [n d] and perhaps logits [n k], its hash, and whether its weights are the
-    published."""
+    """Load an extractor: one of `NAMES` or `timm:NAME`, with weights of its own or from a file, or the path of a
+    program.
+
+    It returns a network from uint8 images to features [n d] and, for classifiers, logits [n k]; its hash; and whether
+    its weights are those of published scores.
+    """
     kind, short_name = kind_and_name(name)
     if kind == PROGRAM:
         if not Path(name).is_file():

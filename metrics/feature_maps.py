@@ -12,8 +12,9 @@ from metrics.extractors import PROGRAM, ExtractorError, kind_and_name, load_extr
 
 
 class FeatureMaps:
-    """The last spatial features [n d h w] of a frozen network, `timm:NAME` or a program from images in [0, 255],
-    average-pooled to the `grid`. Like a codec, it can build a latent cache by `prepare`."""
+    """The last spatial features [n d h w] of a frozen network: `timm:NAME`, or the path of a program (.pt2 or
+    TorchScript) from images in [0, 255]. They are average-pooled to the `grid`, as they take 2 bytes per value in the
+    cache. Like a codec, it can build a latent cache by `prepare`."""
 
     def __init__(
         self, extractor: str, weights_path: str | None, grid: Sequence[int], device: torch.device | str = "cpu"

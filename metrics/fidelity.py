@@ -64,8 +64,11 @@ def kernel_distance(
     subset_size: int = 1000,
     seed: int = 0,
 ) -> Score:
-    """KID: unbiased squared MMD with a cubic kernel, averaged over random subsets, or once over whole sets that are no
-    larger (Bińkowski et al. 2018). For equal distributions it is near 0 and may be negative."""
+    """KID: unbiased squared MMD with a cubic kernel, averaged over random subsets (Bińkowski et al. 2018).
+
+    Subsets are no larger than the smaller set; if a subset is the whole of both sets, there is only one. For equal
+    distributions the result is near 0 and may be negative.
+    """
     smaller, larger = sorted((len(samples), len(reference)))
     if smaller < 2:
         return too_few(smaller, 2)

@@ -61,8 +61,12 @@ def moments_of(features: Float[Tensor, "n d"]) -> Moments:
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Compute `|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2))`, the squared Wasserstein-2 distance of two Gaussians
-    (Heusel et al. 2017, eq. 6). The last trace is the sum of the roots of the eigenvalues of `R^T C_b R`, with `C_a = R
-    R^T`, which is symmetric, so they are accurate even if both covariances are singular."""
+    (Heusel et al. 2017, eq. 6).
+
+    The trace of the square root is the sum of the square roots of the eigenvalues of `R^T C_b R`, with `C_a = R R^T`.
+    This matrix is symmetric, so its eigenvalues are real and accurate even if both covariances are singular. R has as
+    many columns as the rank of C_a.
+    """
     root = semidefinite_root(a.covariance)
     cross = torch.linalg.eigvalsh(root.T @ b.covariance @ root).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
@@ -89,9 +93,12 @@ def frechet_score(samples: Moments, reference: Moments) -> float | Score:
 def extrapolated_distance(
     samples: Float[Tensor, "n d"], reference: Float[Tensor, "m d"], *, sizes: int = 15, seed: int = 0
 ) -> float | Score:
-    """Extrapolate the distance to infinitely many samples (Chong and Forsyth 2020): as the bias is proportional to 1 /
-    N, a line is fitted to distances of random subsets, from a tenth of the samples or twice the number of features on,
-    and evaluated at 0. The bias due to the size of the reference stays."""
+    """Extrapolate the distance to infinitely many samples (Chong and Forsyth 2020).
+
+    The bias is proportional to 1 / N, so a line is fitted to the distances of random subsets against 1 / N and
+    evaluated at 0. Subset sizes run from a tenth of the samples, or twice the number of features if that is more, to
+    all samples. The bias due to the size of the reference stays.
+    """
     num, num_features = samples.shape
     if num < 4 * num_features:
         return too_few(num, 4 * num_features)

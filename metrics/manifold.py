@@ -19,10 +19,14 @@ def count_neighbours(
     neighbourhood: int = 3,
     density_neighbourhood: int = 5,
 ) -> dict[str, Score]:
-    """Compute precision, recall, density and coverage by balls around images that reach to the k-th neighbour.
-    Precision is the share of samples in any ball of the reference, recall the reverse (Kynkäänniemi et al. 2019; k =
-    `neighbourhood`). Density is the mean number of reference balls that hold a sample, over k, and coverage the share
-    of these balls that hold one (Naeem et al. 2020, eqs. 3 and 4; k = `density_neighbourhood`)."""
+    """Compute precision, recall, density and coverage by balls around images, whose radius is the distance to the k-th
+    neighbour.
+
+    Precision is the share of samples inside any ball around a reference image, recall the reverse (Kynkäänniemi et al.
+    2019; k = `neighbourhood`). Density is the mean number of balls around reference images that contain a sample, over
+    k; coverage is the share of these balls that contain a sample (Naeem et al. 2020, eqs. 3 and 4; k =
+    `density_neighbourhood`).
+    """
     num, num_reference = len(samples), len(reference)
     scores: dict[str, Score] = {}
     ks = [k for k in (neighbourhood, density_neighbourhood) if k < num_reference]

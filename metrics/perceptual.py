@@ -33,9 +33,12 @@ class VGG19Features(nn.Module):
 
 
 class LPIPSFeatures(nn.Module):
-    """Features whose mean squared difference is LPIPS, version 0.1, with VGG16 (Zhang et al. 2018, eq. 1): normalised,
-    and scaled by the roots of its weights by channel, read from `heads` or downloaded. (torch-fidelity's LPIPS has no
-    gradient.)"""
+    """Features whose mean squared difference is LPIPS, version 0.1, with VGG16 (Zhang et al. 2018, eq. 1).
+
+    LPIPS sums squared differences of normalised features, weighted by channel; here, features are scaled by the root of
+    the weight instead. (torch-fidelity's LPIPS has no gradient.) `heads` is the file of these weights; None downloads
+    it.
+    """
 
     ENDS = (4, 9, 16, 23, 30)  # last layers of VGG16's slices: relu1_2, relu2_2, relu3_3, relu4_3, relu5_3
 

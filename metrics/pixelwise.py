@@ -46,9 +46,11 @@ def spatial_frequencies(height: int, width: int) -> Float[Tensor, " k"]:
 
 
 def spectrum(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b k"]:
-    """Return each image's radial power spectrum at its `spatial_frequencies`: the periodogram of pixels in [0, 1]
-    without mean, under a Hann window (Welch 1967), averaged over channels and directions. White noise has its
-    variance."""
+    """Return the radial power spectrum of each image at its `spatial_frequencies`, averaged over channels.
+
+    It is the periodogram of pixels in [0, 1], without their mean and under a Hann window (Welch 1967), averaged over
+    directions. For white noise it equals the variance at all frequencies.
+    """
     x = to_float64(images) / 255
     x = x - x.mean(dim=(-2, -1), keepdim=True)
     height, width = x.shape[-2:]

@@ -91,8 +91,11 @@ def _sha256(tensors: Mapping[str, Tensor], counts: str) -> str:
 
 
 def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], extractor: Extractor) -> None:
-    """Write a reference batch in ADM's format (Dhariwal and Nichol 2021): `arr_0` [n h w 3], `mu`, `sigma`, `mu_s` and
-    `sigma_s` of spatial features, and the extractor's name and hash. Another file of that name is kept."""
+    """Write a reference batch in ADM's format (Dhariwal and Nichol 2021).
+
+    It holds `arr_0` [n h w 3], `mu`, `sigma` and, if the extractor has spatial features, `mu_s` and `sigma_s`. The
+    extractor's name and hash are added, which ADM's own files lack. Another file of that name is kept.
+    """
     description = {"extractor": extractor.name, "extractor_sha256": extractor.sha256, "format": OF_INCEPTION}
     arrays: dict[str, Any] = {name: np.array(value) for name, value in description.items()}
     arrays |= {"arr_0": images.permute(0, 2, 3, 1).numpy()}
@@ -106,8 +109,9 @@ def write_adm(path: Path, features: Features, images: UInt8[Tensor, "n 3 h w"], 
 def read_adm(
     path: Path, extractor: Extractor, image_size: tuple[int, int] | None = None
 ) -> tuple[Features | None, UInt8[Tensor, "n 3 h w"] | None]:
-    """Read moments and images, either of which may be missing, of a reference batch in ADM's format, downloaded if it
-    is one of ADM's own by name. Without an extractor's name it is Inception's."""
+    """Read moments and images of a reference batch in ADM's format; either may be missing. A file that does not name
+    its extractor is of Inception. If `path` does not exist but is the name of one of ADM's own files, that is
+    downloaded."""
     flag = f"--reference {path}"
     if not path.exists() and str(path) in PUBLIC:
         path = download(PUBLIC[str(path)], str(path), flag)

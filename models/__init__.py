@@ -53,9 +53,11 @@ def model_arguments(name: str, **overrides: object) -> dict[str, object]:
 def create_model(
     name: str, *, input_size: Size, in_channels: int, out_channels: int, num_classes: int, **overrides: object
 ) -> Backbone:
-    """Build a backbone `model(x_t, t, y) -> [b out_channels h w]` with fresh weights; `overrides` replace arguments of
-    its row of `BACKBONES`, sizes and defaults are added to a plain `nn.Module`. Raises ValueError for an unknown name
-    or argument, or one out of range."""
+    """Build a backbone `model(x_t, t, y) -> [b out_channels h w]` with fresh weights.
+
+    `overrides` replace constructor arguments of the row of `BACKBONES`. A plain `nn.Module` from outside gets the
+    defaults of `models.backbone.Backbone`. An unknown name or argument, or one out of range, raises `ValueError`.
+    """
     from models.backbone import SIZES, as_backbone
 
     check_model(name)

@@ -32,8 +32,11 @@ class Block(nn.Module):
 
 class UViTTokens(Backbone):
     """A transformer over a label token, a time token and the patches, with long skips and a final convolution.
-    `positions` are `absolute` (published; learned), `rotary` (patches only) or `both`; other options are those of
-    `BlockStyle` and `Backbone`, whose further inputs are added to the time token."""
+
+    `positions` are `absolute` (published; learned), `rotary` (patches only) or `both`. `qk_norm`, `norm` and `mlp` are
+    those of `BlockStyle`. The embeddings of a second time `r`, of `augment` and of a guidance scale `g` (see
+    `Backbone`) are added to the time token.
+    """
 
     def __init__(
         self,

@@ -122,9 +122,12 @@ def load_guide_model(
     classes: Sequence[str],
     identity: Mapping[str, Mapping[str, Any]],
 ) -> nn.Module | None:
-    """Load `guidance_checkpoint`, if set, for a model that the other arguments describe: the worse model of
-    autoguidance (Karras et al. 2024) or, without labels, of Domain Guidance (Zhong et al. 2025). Raises ValueError if
-    it differs in more than backbone and training (and, in the latter, classes)."""
+    """Load the averaged weights of `guidance_checkpoint`, if set: the worse model of autoguidance (Karras et al. 2024)
+    or, without labels, of Domain Guidance (Zhong et al. 2025).
+
+    The other arguments describe the guided model. Raises ValueError if the guide differs from it in more than backbone
+    and training; in Domain Guidance the classes may differ too.
+    """
     if sampling.guidance_checkpoint is None:
         return None
     guide, unlabelled = open_checkpoint(sampling.guidance_checkpoint, accelerator), sampling.guidance_unlabelled

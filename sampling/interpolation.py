@@ -32,8 +32,9 @@ class ClassMixture(nn.Module):
 def interpolate(
     generator: Generator, labels: tuple[int, int], seeds: tuple[int, int], num_images: int, only: int | None = None
 ) -> UInt8[Tensor, "n 3 H W"]:
-    """Generate equidistant images from one class to another, whose predictions are mixed, and from one seed to another,
-    whose noises are interpolated spherically, ends included; with `only`, the image of this index alone."""
+    """Generate equidistant images along the way between two classes, whose predictions are mixed linearly, and two
+    seeds, whose initial noises are interpolated spherically; both ends are included. Random steps use the first seed.
+    With `only`, generate the image of this index alone."""
     if isinstance(generator.diffusion, Staged) and labels[0] != labels[1]:
         raise ValueError("--interpolate: a cascade has no one prediction to mix; give --class one class, and --to_seed")
     if num_images < 2:

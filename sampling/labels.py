@@ -40,9 +40,12 @@ def sample_labels(
     reference: Int64[Tensor, " m"] | None,
     trial: int = 0,
 ) -> Int64[Tensor, " n"]:
-    """Choose labels of samples by the policy `evaluation.labels`: `balanced`, classes in turn; `reference`, in
-    proportion to its labels; or `random`, uniform, by the seed plus `trial`. By default as many as images in the
-    reference."""
+    """Choose the labels of samples to be scored by the policy `evaluation.labels`: `balanced`, all classes in turn;
+    `reference`, each class in proportion to its share of the reference's labels; or `random`, uniform over classes.
+
+    There are as many samples as images in the reference, unless the evaluation says otherwise. `trial` is added to the
+    seed.
+    """
     num_images = evaluation.num_samples or num_reference
     if num_images < 1:
         raise ValueError("--num_samples: the reference does not say how many images it is of; give a number")

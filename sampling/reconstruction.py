@@ -46,8 +46,12 @@ def draw_reconstructions(
 def reconstruct(
     generator: Generator, images: UInt8[Tensor, "n 3 h w"], labels: Int64[Tensor, " n"], t: int | float
 ) -> tuple[UInt8[Tensor, "n kinds 3 h w"], int | float]:
-    """Noise images and denoise them; image `i` depends on (seed, i, image, label). Return each as it was, noised,
-    predicted from that in one step and by the rest of the chain, and the time used, the chain's noisiest up to `t`."""
+    """Noise images and denoise them. The result of image `i` depends on (seed, i, image, label) only.
+
+    Returns four versions of each image, which are the original, noised, `x_0` predicted from it in one step, and
+    denoised by the rest of the sampler's chain; and the time used, the noisiest one of the chain that does not exceed
+    `t`.
+    """
     diffusion, codec, sampling = generator.diffusion, generator.codec, generator.sampling
     times = [time for time, _ in diffusion.reverse_steps(generator.num_steps, sampling.spacing)]
     if not times[-1] <= t <= times[0]:

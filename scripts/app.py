@@ -94,8 +94,9 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class RequestFilter:
-    """ASGI middleware that refuses uploads and requests to another name than `hosts` (None: any) or, with
-    `same_origin`, from another origin. `listening` counts the open streams of answers by session."""
+    """ASGI middleware that refuses uploads and requests from other web sites: those that address the page by another
+    name than `hosts` (None: any), and with `same_origin` those of another origin. `listening` counts the open streams
+    of answers by session."""
 
     def __init__(self, app: Any, listening: Counter[str], hosts: tuple[str, ...] | None, same_origin: bool) -> None:
         self.app, self.listening, self.hosts, self.same_origin = app, listening, hosts, same_origin

@@ -60,8 +60,11 @@ def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], 
 
 
 def unset(config: type[T], *, several: bool = False) -> type[T]:
-    """Derive a configuration class whose settings all default to `UNSET`, left as trained when a command line overrides
-    a checkpoint's. With `several`, a number may also be text: numbers separated by commas."""
+    """Derive a configuration class whose settings all default to `UNSET`.
+
+    A command line uses it to override the settings of a checkpoint: what stays unset is left as trained, and null is a
+    value. With `several`, a number may also be text: several numbers, separated by commas.
+    """
     kinds, settings = get_type_hints(config), []
     for setting in fields(config):  # pyright: ignore[reportArgumentType]
         kind, metadata = kinds[setting.name], setting.metadata

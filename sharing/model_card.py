@@ -39,8 +39,11 @@ def card_files(checkpoint: Checkpoint) -> dict[str, Path]:
 
 
 def _belongs_to(checkpoint: Checkpoint, path: Path) -> bool:
-    """Whether scores or samples were made with these weights, by their hash; in files of older versions by the step, or
-    by a time no earlier than the weights'."""
+    """Whether scores or samples were made with these weights.
+
+    Decided by the hash of the weights, which tells a repeated training from the first. Files of older versions have
+    only the step, or nothing: they must then be no older than the weights.
+    """
     samples = json.loads(path.read_text()).get("samples", {}) if path.suffix == ".json" else {}
     if sha256 := samples.get("weights_sha256") or read_weights_hash(path):
         return sha256 == read_metadata(checkpoint.path).get("weights_sha256")

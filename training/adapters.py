@@ -18,10 +18,15 @@ NAME = "default"  # peft's name for the adapter
 
 
 def adapt(model: Backbone, config: TrainConfig, objective: type[Objective], accelerator: Accelerator) -> str:
-    """Freeze a backbone except for label embeddings and the weights of `config.adapter`; return a message with their
-    number. `biases` trains all parameters without weight decay, as BitFit (Ben Zaken et al. 2022) and, in backbones
-    with adaLN, DiffFit (Xie et al. 2023); `lora` (Hu et al. 2021) also, for each linear layer of the blocks, two
-    matrices whose product of rank `adapter_rank`, zero at first, is added to its weight."""
+    """Freeze a backbone except for its label embeddings and the weights of `config.adapter`; return a message with
+    their number.
+
+    `biases` trains all parameters without weight decay: biases, norms and scales, as in BitFit (Ben Zaken et al. 2022).
+    In backbones with adaLN the biases of the modulators also shift, scale and gate each layer, as in DiffFit (Xie et
+    al. 2023). `lora` (Hu et al. 2021) trains these and, for each linear layer of the repeated blocks, two matrices
+    whose product of rank `adapter_rank` is added to its weight. The second matrix starts at zero, so the output does
+    not change at first.
+    """
     flag = f"--train.adapter {config.adapter}"
     if objective.trains_in_parts:
         raise ValueError(f"{flag}: this --diffusion.kind trains its backbone in parts; leave it out")

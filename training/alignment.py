@@ -25,8 +25,12 @@ PROJECTOR_WIDTH = 2048  # of REPA's MLP (Yu et al. 2025, appendix)
 
 class Alignment(nn.Module):
     """One minus the cosine similarity of projected hidden states and features of the clean image, averaged over
-    positions (Yu et al. 2025, eq. 8). With `irepa` the projector is a convolution, and features are normalised over
-    positions (Singh et al. 2025). Hidden states come from the loss's own forward pass."""
+    positions (Yu et al. 2025, eq. 8).
+
+    With `irepa` the projector is a convolution, and features are normalised over the positions of an image, which
+    removes what they have in common (Singh et al. 2025). Hidden states come from the forward pass of the diffusion's
+    loss, so that the projector is the only extra cost of a step.
+    """
 
     def __init__(self, backbone: Backbone, config: AlignmentConfig) -> None:
         super().__init__()

@@ -42,9 +42,12 @@ class Batch:
 
 
 class Batches:
-    """The endless stream of training batches from a latent cache, in permuted epochs or, with `train.class_balanced`,
-    rounds with an image of each class. `features` caches a frozen network's of the same views. Each rank gets its
-    share."""
+    """The endless stream of training batches from a latent cache.
+
+    Images come in permuted epochs or, with `train.class_balanced`, in rounds with one image of each class. `features`
+    is a cache of a frozen network's features of the same views, for alignment. Each rank gets its share of each
+    micro-batch.
+    """
 
     def __init__(
         self,
@@ -136,8 +139,11 @@ class Batches:
 
 
 class Reader:
-    """Reads what a cache stores for a step: this rank's `share` of the indices `order(step, number, device)`. Threads
-    prefetch from files all views, as the views of a step are drawn on the device, which must not be waited for."""
+    """Reads what a cache stores for a step: this rank's `share` of the indices `order(step, number, device)`.
+
+    A cache in files is prefetched by threads. They read all views of an image, because the views of a step are drawn on
+    the device, and copying them to the CPU would make it wait.
+    """
 
     def __init__(self, cache: LatentCache, order: Callable[..., Tensor], share: Callable, device: Device) -> None:
         self.cache, self.order, self.share, self.device = cache, order, share, torch.device(device)

@@ -26,9 +26,12 @@ class Stopped(BaseException):
 
 
 class Interruption:
-    """Context that locks a run's folder and stops the run, all processes after one step, on a signal or after
-    `max_hours`, with status 75 and the file `stopped`; at once before the first step and in `interruptible`. A second
-    Ctrl-C kills it."""
+    """Context that locks a run's folder and stops the run on a signal or after `max_hours`, with exit status 75 and the
+    file `stopped`.
+
+    All processes stop after the same step. Before the first step and in `interruptible`, a signal stops a process
+    immediately. A second Ctrl-C kills the run.
+    """
 
     def __init__(self, run: Path, accelerator: Accelerator, max_hours: float | None) -> None:
         self.run, self.accelerator, self.max_hours = run, accelerator, max_hours

@@ -20,8 +20,9 @@ STEPS, COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)  # of the quintic iteration, 
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for `matrices` and AdamW for the `rest`, parameters or groups. Muon's steps are scaled to the root mean
-    square of AdamW's (Liu et al. 2025, eq. 4); `muon_lr` is `lr` by default; weight decay applies to both."""
+    """Muon for `matrices` and AdamW for the `rest`, parameters or groups of them. Muon's steps are scaled to the root
+    mean square of AdamW's (Liu et al. 2025, "Muon is Scalable for LLM Training", eq. 4), and `muon_lr` is `lr` by
+    default. Weight decay applies to both."""
 
     def __init__(
         self,

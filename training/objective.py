@@ -41,8 +41,11 @@ def phase_at(lengths: Sequence[int | float], step: int, num_steps: int) -> Phase
 
 
 class Objective:
-    """The diffusion's loss with auxiliary losses and alignment; a diffusion's attribute `objective` may name a
-    subclass. `heads` are the losses that are modules, trained and saved beside the model, but no part of it."""
+    """The diffusion's loss with auxiliary losses and alignment.
+
+    A diffusion may set its attribute `objective` to a subclass. `heads` are the losses that are modules: they are
+    trained and saved beside the model, but are not a part of it.
+    """
 
     phases: Sequence[int | float] = (1.0,)  # relative lengths of the phases of a training
     trains_in_parts = False  # whether some of the model's parameters get no gradient in some phase

@@ -69,8 +69,9 @@ def recompute_blocks(model: Backbone, device: torch.device) -> None:
 
 
 def join_casts(model: Backbone, config: TrainConfig, accelerator: Accelerator) -> None:
-    """Cast the weights of a block to bf16 together, in fewer launches than autocast (`models.layers.launches`); not
-    where compiled blocks fuse casts, nor with recomputed blocks, FSDP and adapters."""
+    """Cast the weights of a block to bf16 together, which takes fewer kernel launches than autocast does
+    (`models.layers.launches`). Compiled blocks fuse their casts anyway; recomputed blocks, FSDP and adapters leave
+    casting to autocast."""
     is_useful = accelerator.device.type in AT_ONCE and precision_of(accelerator) == "bf16"
     has_own_casts = config.compile or config.recompute or config.adapter
     if is_useful and not has_own_casts and accelerator.distributed_type is not DistributedType.FSDP:

@@ -212,8 +212,9 @@ class Run(Generic[R]):
             self.log.image(self.step, path)
 
     def save(self, *, last: bool = False, progress: Mapping[str, Any] | None = None) -> None:
-        """Save a checkpoint of this step, unless it exists or the guards forbid it; files are written in the
-        background. With `progress`, collected from all processes before, the main process saves alone and waits."""
+        """Save a checkpoint of this step, unless there is one or the guards forbid it. The files are written in the
+        background while training continues. With `progress`, which was collected from all processes before, the main
+        process saves alone and waits for the files."""
         if self._saved == self.step or (progress is None and not self._may_save(last=last)):
             return
         self.writing.wait()  # as the buffers of the copy still hold the previous checkpoint

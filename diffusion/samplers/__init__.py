@@ -45,8 +45,11 @@ def samplers_for(diffusion: Diffusion) -> Mapping[str, Sampler]:
 
 @runtime_checkable
 class Staged(Protocol):
-    """A diffusion that generates samples in several stages, some by `run_sampler`. `generate` is also passed
-    `guide_model`, `draw_noise(like)` for fresh noise, and `on_stage`, to be called with each stage's output."""
+    """A diffusion that generates samples in several stages, of which some run a sampler, by `run_sampler`.
+
+    `generate` is also passed `guide_model`; `draw_noise(like)`, which returns fresh noise; and `on_stage`, to be called
+    with each stage's output.
+    """
 
     stages: Sequence[str]
 

@@ -39,8 +39,11 @@ def dpmpp_2m_sde(chain: Chain, x_t: Images) -> Moments:
 
 
 def dpmpp_3m(chain: Chain, x_t: Images) -> Moments:
-    """DPM-Solver++(3M) as published (Lu et al. 2022b, appendix B, and its code): a parabola with half its quadratic
-    term, of order 2, but with less error than `exponential_ab3` at 20 to 40 steps."""
+    """DPM-Solver++(3M) as published (Lu et al. 2022b, appendix B, and its code).
+
+    It fits a parabola to the last three predictions and halves its quadratic term. That makes it of order 2, but with
+    less error than `exponential_ab3` at 20 to 40 steps.
+    """
     return integrate_parabolas(chain, x_t, curvature_weight=0.5)
 
 
@@ -68,8 +71,11 @@ def integrate_parabolas(chain: Chain, x_t: Images, curvature_weight: float) -> M
 
 
 def unipc(chain: Chain, x_t: Images) -> Moments:
-    """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2): DPM-Solver++(2M), corrected by the
-    prediction at the end of the step, without a further call of the model."""
+    """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2).
+
+    The predictor is DPM-Solver++(2M). The corrector reuses the prediction at the end of the step, without a further
+    call of the model.
+    """
     earlier, last_step = None, None
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0

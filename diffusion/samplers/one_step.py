@@ -81,8 +81,11 @@ def heun(chain: Chain, x_t: Images, *, churn: Annotated[float, "[0, inf)"] = 0.0
 def add_churn(
     chain: Chain, x_t: Images, t: int | float, at: Transition, share: float
 ) -> tuple[Images, int | float, Transition]:
-    """Add noise to `x_t` (Karras et al. 2022, algorithm 2, lines 4 to 6, with S_noise = 1); return it with its time and
-    the step from there. Sigma / alpha grows by `1 + share`, at most sqrt(2), up to the end of the path."""
+    """Add noise to `x_t`, and return it with its time and the step from there (Karras et al. 2022, algorithm 2, lines 4
+    to 6, with S_noise = 1).
+
+    The noise level sigma / alpha grows by the factor `1 + share`, at most sqrt(2), up to the end of the path.
+    """
     ratio = (at.sigma / at.alpha).item()
     raised = min(ratio * (1 + min(share, math.sqrt(2) - 1)), chain.diffusion.path.noise_range[1])
     if raised <= ratio:

@@ -40,8 +40,11 @@ def attend(
 
 
 def make_qk_norms(qk_norm: bool, head_dim: int) -> tuple[nn.Module, nn.Module]:
-    """Make the norms of queries and keys, with a learned scale per channel; identities if not `qk_norm`. They bound the
-    logits, so that attention does not become one-hot (Dehghani et al. 2023; Esser et al. 2024, section 5.3.2)."""
+    """Make the norms of queries and keys, with a learned scale for each channel; identities if not `qk_norm`.
+
+    They bound the logits, which otherwise grow at high learning rates until attention is one-hot (Dehghani et al. 2023,
+    section 2; Esser et al. 2024, section 5.3.2).
+    """
     make = partial(RMSNorm, head_dim, eps=1e-6) if qk_norm else nn.Identity
     return make(), make()
 

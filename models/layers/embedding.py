@@ -113,9 +113,12 @@ def make_inputs(
 
 
 class Conditioning(nn.Module):
-    """The conditioning vector `silu(time + label)`, so that modulators need no SiLU; label `num_classes` is null. `std`
-    is that of the initial weights, None torch's initialisation, for conditioning that is added; `inputs` are those of
-    `make_inputs`."""
+    """The conditioning vector `silu(time + label)`; modulators need no SiLU of their own.
+
+    Label `num_classes` is the null label. `std` is the standard deviation of the initial weights. None keeps torch's
+    initialisation, for backbones that add the conditioning to features rather than modulate them. `inputs` are those
+    of `make_inputs`.
+    """
 
     def __init__(self, num_classes: int, dim: int, std: float | None = SMALL, **inputs: Any) -> None:
         super().__init__()
@@ -145,9 +148,13 @@ class NoConditioning(nn.Module):
 
 
 class Rotary2d(nn.Module):
-    """Rotary position embedding of an `h x w` grid in row-major order (Su et al. 2021): channels i and i + e / 2 are
-    rotated by angles proportional to the position, half of the pairs by the row, half by the column (Lu et al. 2024,
-    FiT), at the frequencies of `sincos_2d`. The first `num_others` tokens, such as the time's, are not."""
+    """Rotary position embedding of an `h x w` grid in row-major order, applied to queries and keys (Su et al. 2021).
+
+    Pairs of channels are rotated by angles proportional to the token's position, so logits depend on the distance of
+    two tokens. Half the pairs rotate by the row, half by the column (Lu et al. 2024, FiT), with the frequencies of
+    `sincos_2d`. Channel i is paired with channel i + e / 2. The first `num_others` tokens, such as that of the time,
+    are not rotated.
+    """
 
     cos: Float[Tensor, "n e"]
     sin: Float[Tensor, "n e"]

@@ -23,8 +23,11 @@ def _broadcast(values: Float[Tensor, "b d"], x: Features) -> Tensor:
 
 
 class CondLinear(nn.Linear, Uncast):
-    """A linear layer of the conditioning, plus a constant `base`, its output while its weights are zero. Where
-    `Injection` has computed all of them, `cond` holds their outputs, and this one takes its slice."""
+    """A linear layer of the conditioning, plus a constant `base` that is its output while its weights are zero.
+
+    Where `Injection` has computed these layers for the whole network, `cond` holds the outputs of all of them, and this
+    one only takes its slice.
+    """
 
     base: Float[Tensor, " e"]
     output_slice: slice  # of the outputs that `Injection` computes

@@ -42,8 +42,11 @@ class ResidualBlock(nn.Module):
 
 
 class ChannelAttention(nn.Module):
-    """Self-attention among channels, with maps of `d x d` and the parameters of `SelfAttention`, for images of any
-    size. Each head takes a band of pixels, the last padded with zeros, which change no product."""
+    """Self-attention among channels, with attention maps of `d x d`.
+
+    Queries, keys and values are computed pixel by pixel, so the parameters are those of `SelfAttention` and images may
+    have any size. Each head takes a band of pixels; the last band is padded with zeros, which change no product.
+    """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()

@@ -27,9 +27,12 @@ def tile_side(window_size: int, x: Tensor) -> int:
 
 
 class Windows:
-    """A partition of an `h x w` grid into windows, shifted by `shift` along each axis with several, and run in tiles of
-    one or, with a larger `tile` side, several. The mask hides other windows and the padding, at the bottom and right,
-    to a multiple of the tile; a grid within one tile has none."""
+    """A partition of an `h x w` grid into windows, shifted by `shift` along each axis that has more than one window.
+
+    Attention runs in tiles of one window each or, with a larger `tile` (a side, in tokens), of several windows. The
+    mask keeps tokens from attending to other windows and to padding. A grid no larger than a tile is one tile, without
+    padding; larger ones are padded at the bottom and right to a multiple of the tile.
+    """
 
     def __init__(self, height: int, width: int, window_size: int, shift: int = 0, tile: int | None = None) -> None:
         self.height, self.width, self.size = height, width, window_size
@@ -63,14 +66,21 @@ class Windows:
         return _mask(self.size, (self.height, self.width), self.padded, self.tile, self.shifts, self.rolls, device)
 
     def offsets(self, device: torch.device) -> Int64[Tensor, "n n"]:
-        """Return for each pair of tokens in a tile the index of their offset, one of `(2 size - 1)^2` within a window
-        in row-major order; larger ones are clamped, as the mask excludes these pairs."""
+        """Return for each pair of tokens in a tile the index of their relative offset.
+
+        Inside a window there are `(2 size - 1)^2` offsets, numbered in row-major order. Larger ones, between windows of
+        a tile, are clamped; the mask excludes these pairs.
+        """
         return _offsets(self.size, self.tile, device)
 
 
 class Neighbourhoods(Windows):
-    """The `size x size` tokens around each token, moved inwards at the edges of the grid (NAT, Hassani et al. 2023), as
-    one masked tile: for up to some 16 x 16 tokens; larger grids want a kernel of their own."""
+    """The neighbourhood of each token: the `size x size` tokens around it, moved inwards at the edges of the grid (NAT,
+    Hassani et al. 2023).
+
+    The grid is one tile: attention is computed between all of its tokens and masked. That suits grids of up to some
+    16 x 16 tokens; larger ones want a kernel of their own.
+    """
 
     def __init__(self, height: int, width: int, size: int) -> None:
         super().__init__(height, width, size, tile=max(height, width))
@@ -239,9 +249,12 @@ def temperature_of(logit_scale: Float[Tensor, "k 1 1"]) -> Float[Tensor, "k 1 1"
 
 
 class Precomputation(nn.Module):
-    """Computes what the window attentions of a network, of one window size, need of their weights, at once where that
-    saves launches (see `launches`). Elsewhere, under LoRA and FSDP (see `modulation.Injection`), each attention does
-    it."""
+    """Computes what the window attentions of a network need of their weights, for all of them at once where that saves
+    launches (see `launches`). The attentions have one window size.
+
+    Called with the network's input, it returns a `Precomputed` for each attention. Elsewhere, under LoRA and under FSDP
+    (see `modulation.Injection`) it returns none, and each attention computes its own.
+    """
 
     owners: Float[Tensor, "k attentions"]  # 1 where a head, numbered through all attentions, belongs to an attention
 
@@ -278,8 +291,12 @@ Heads = Float[Tensor, "b k n e"]
 
 
 def cosine(q: Heads, k: Heads, temperature: Float[Tensor, "k 1 1"]) -> tuple[Heads, Heads, float]:
-    """Prepare queries and keys for cosine attention: `scale * q k^T` is their cosine similarity times `temperature`. On
-    GPUs by RMS norm, a single kernel; on CPUs in half the time of `F.normalize`."""
+    """Prepare queries and keys for cosine attention: return `q`, `k` and `scale` such that `scale * q k^T` is their
+    cosine similarity times `temperature`.
+
+    On GPUs it uses RMS norm, which is a single kernel; the variant for CPUs takes little more than half the time of
+    `F.normalize`.
+    """
     if at_once(q):
         with without_autocast(q):  # autocast would run the norm in float32
             q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-24) for x in (q, k))

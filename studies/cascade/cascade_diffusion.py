@@ -65,12 +65,20 @@ class CascadeObjective(Objective):
 
 
 class Cascade(Diffusion):
-    """Three shallow stages in place of one deep model. Samplers walk the chain of the coarse stage. Training has three
-    phases, of relative lengths `phases`: the coarse stage by its own objective; upsampler and refiner by squared error,
-    while it is frozen; all by the sum. In the last two the upsampler is given the downsampled true image (teacher
-    forcing) or the coarse stage's one-step prediction of `x_0`, through which the third phase's gradient flows. The
-    probability of forcing changes linearly between the two numbers that `forcing` has for each; outside of a training
-    it is 1."""
+    """Three shallow stages in place of one deep model. Samplers walk the chain of the coarse stage.
+
+    Training has three phases, of relative lengths `phases`: the coarse stage learns by its own objective; upsampler and
+    refiner learn by the squared error of their images, while it is frozen; all stages learn by the sum of these losses.
+
+    In phases 2 and 3 the upsampler's input is either the downsampled true image (teacher forcing) or the coarse stage's
+    one-step prediction of `x_0` from a noisy version of it. In phase 3 the gradient of upsampler and refiner flows
+    through that prediction into the coarse stage. Both inputs belong to the same image, which is the target. The
+    probability of teacher forcing changes linearly between the two numbers that `forcing` has for phase 2, and for
+    phase 3.
+
+    Outside of a training, the loss is that of all stages under full teacher forcing. `model_args` are arguments that a
+    backbone for this diffusion has to be built with.
+    """
 
     stages = ("coarse", "upsampler", "refiner")
     objective = CascadeObjective
@@ -118,8 +126,11 @@ class Cascade(Diffusion):
         trained: TrainedStages = PHASES[-1],
         forcing: float = 1.0,
     ) -> dict[str, Float32[Tensor, " b"]]:
-        """Compute `loss` and its terms for each image: by phase those of the coarse stage, the squared errors
-        `upsampled` and `refined`, auxiliary ones, and `forced`, whether teacher forcing was used."""
+        """Compute `loss` and its terms for each image of a batch.
+
+        Depending on the phase, these are the terms of the coarse stage, the squared errors `upsampled` and `refined`,
+        auxiliary terms, and `forced`: whether teacher forcing was used.
+        """
         t, noise = self.draw(x_0, t, noise, generator)
         draws = draws or self.draw_loss_args(x_0.shape, generator, x_0.device)
         x_0 = x_0.float()

@@ -11,8 +11,11 @@ from diffusion.transition import Images, Level, Timesteps, Transition
 
 
 def iterated_denoising(chain: Chain, x_t: Images) -> Moments:
-    """Sample by denoising and adding noise of the same level, in turn. With samples of `p(x_0 | x_t)` this Markov chain
-    would sample the data (Bengio et al. 2013, theorem 1); ours predicts the mean, so they are smoother."""
+    """Sample by denoising and adding noise of the same level, in turn.
+
+    If the model sampled from `p(x_0 | x_t)`, the stationary distribution of this Markov chain would be that of the data
+    (Bengio et al. 2013, theorem 1). Ours predicts the mean instead, so samples are smoother.
+    """
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
         x_t = at.alpha_next * x_0

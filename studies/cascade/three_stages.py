@@ -228,9 +228,13 @@ Stages = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Cascade(Backbone):
-    """Coarse stage at 1 / `factor` of the image's side, upsampler and refiner, by their names in `COARSE`, `UPSAMPLERS`
-    and `REFINERS`, with arguments that differ from their defaults. `model(x_t, t, y)` passes an image through all; the
-    diffusion trains them in one call that says how they `connect`, and samples them separately."""
+    """Coarse stage at a fraction of the image's side, upsampler and refiner, by their names in `COARSE`, `UPSAMPLERS`
+    and `REFINERS`, with arguments that differ from their defaults.
+
+    Like any backbone, `model(x_t, t, y)` passes an image through all three. The cascade's diffusion trains the stages
+    by objectives of their own, in one call that says how they are connected (`connect`), and samples them separately.
+    `factor` is the side of the image divided by that of the coarse image.
+    """
 
     def __init__(
         self,
