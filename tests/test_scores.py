@@ -93,6 +93,15 @@ def test_a_custom_metric_gets_the_inputs_that_it_needs(table):
     assert found.scores["nothing"].reason == "it came out as nan"
 
 
+def test_features_are_compared_on_the_extractors_device(table):
+    seen = []
+    table["seen"] = Metric(lambda *inputs: seen.extend(x.device.type for x in inputs) or 0.0, better="higher")
+    extractor = Extractor.__new__(Extractor)
+    extractor.kind, extractor.name, extractor.device = "program", "colours", "meta"
+    compute_scores(features(), features(), extractor, metrics=["seen"])
+    assert seen == ["meta", "meta"]
+
+
 def test_metrics_of_one_function_call_it_once(table):
     calls = []
 
