@@ -16,6 +16,7 @@ from sampling.generation import Generator
 
 EQUAL = """
 import sys
+import warnings
 from dataclasses import replace
 
 import torch
@@ -31,6 +32,7 @@ from models.layers import launches
 from sampling.checks import Unlabelled
 from sampling.generation import Generator, generate
 
+warnings.filterwarnings("error", message="Dynamo detected a call to a `functools.lru_cache`")
 name, launches.AT_ONCE, worse = sys.argv[1], {sys.argv[2]}, sys.argv[3]
 
 
@@ -78,7 +80,7 @@ for found in (images[:4] - first, images - expected, batch.images - expected[5:]
 )
 def test_compiled_samples_are_the_same_also_in_the_last_smaller_batch(name, fused_on, worse, tmp_path):
     (tmp_path / "equal.py").write_text(EQUAL)  # by itself, as types are not checked in what is compiled
-    run(tmp_path / "equal.py", name, fused_on, worse, cwd=tmp_path, PYTHONWARNINGS="error::UserWarning")
+    run(tmp_path / "equal.py", name, fused_on, worse, cwd=tmp_path)
 
 
 SAMPLED = f"""

@@ -24,7 +24,8 @@ def test_every_step_leaves_a_line(tmp_path):
     assert found["resume"]["largest difference"] == 0
     assert len(found["scores"]["scores"]) == 6
     assert [row["what"] for row in found["sampling"]["rows"]] == ["2 steps, eager", "2 steps, blocks", "decoding"]
-    assert found["sampling"]["samples off by"] == {"eager": 0, "blocks": 0}
+    gaps = found["sampling"]["samples off by"]
+    assert gaps["eager"] == gaps["blocks"] == 0 < gaps["float32"] < 0.1
 
 
 def test_a_step_that_fails_or_takes_too_long_says_so_and_the_next_one_begins(tmp_path):

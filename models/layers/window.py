@@ -100,7 +100,7 @@ def constant(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     cached = lru_cache(maxsize=64)(function)
 
     @torch.compiler.assume_constant_result
-    @wraps(function)
+    @wraps(cached)
     def look_up(*args: Any) -> Tensor:
         return cached(*args)
 
