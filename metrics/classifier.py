@@ -1,6 +1,7 @@
 """A small image classifier, trained in seconds to minutes, as a feature extractor where none can be downloaded. Scores
 on its features only compare with other scores on the same classifier."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
+from machine.precision import has_bf16
 from metrics.programs import save_program
 
 LR = 2e-3
@@ -19,16 +21,17 @@ class SmallClassifier(nn.Module):
     """A convolutional classifier of images resized to `side` pixels.
 
     Stages of two convolutions halve the resolution and double the width, down to 4x4. Global average pooling, a linear
-    layer to the features and one to the classes follow. A small `side` makes it insensitive to an autoencoder's blur.
+    layer to the features and one to the classes follow. A small `side` makes it insensitive to an autoencoder's blur. A
+    `thorough` one halves the resolution after a stage's convolutions, not by the first, for four times the work.
     """
 
-    def __init__(self, num_classes: int, *, side: int = 32, width: int = 24) -> None:
+    def __init__(self, num_classes: int, *, side: int = 32, width: int = 24, thorough: bool = False) -> None:
         super().__init__()
         if side < 8 or side & (side - 1):
             raise ValueError(f"--side {side}: give a power of two, from 8 on")
         self.side = side
         widths = [3, *(width << level for level in range(side.bit_length() - 3))]
-        self.stages = nn.Sequential(*map(_stage, widths[:-1], widths[1:]))
+        self.stages = nn.Sequential(*(_stage(*pair, pool=thorough) for pair in pairwise(widths)))
         num_features = max(64, widths[-1] // 2)
         self.to_features = nn.Linear(widths[-1], num_features)
         self.to_logits = nn.Linear(num_features, num_classes)
@@ -72,10 +75,12 @@ def train_classifier(
     side: int = 32,
     width: int = 24,
     mirror: bool = False,
+    thorough: bool = False,
     progress: bool = True,
 ) -> SmallClassifier:
     """Train a classifier, see `SmallClassifier`, on images and their labels from 0. The seed sets its initial weights,
-    order and augmentation; `mirror` flips half of the images.
+    order and augmentation; `mirror` flips half of the images. A `thorough` classifier also learns with a part of each
+    image hidden, in bf16 where the CPU has it.
 
     Images are shifted, blurred and noised, so that it becomes insensitive to an autoencoder's artefacts. On 5,000 of
     the procedural `shapes` it takes 12 s on one CPU core and classifies all held-out ones correctly.
@@ -89,20 +94,23 @@ def train_classifier(
 
     with torch.random.fork_rng(devices=[]):  # torch initialises weights from the global generator
         torch.manual_seed(seed)
-        classifier = SmallClassifier(num_classes, side=side, width=width)
+        classifier = SmallClassifier(num_classes, side=side, width=width, thorough=thorough)
     generator = torch.Generator().manual_seed(seed)
     num_steps = epochs * -(-len(images) // batch_size)
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=LR, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=LR, total_steps=num_steps, pct_start=0.2)
 
+    bf16 = thorough and has_bf16(torch.device("cpu"))[0]
     classifier.train().to(memory_format=torch.channels_last)
     with tqdm(total=num_steps, desc="classifier", unit="step", leave=False, disable=not progress) as bar:
         for _ in range(epochs):
             for batch in torch.randperm(len(images), generator=generator).split(batch_size):
                 x = augment(classifier.preprocess(images[batch]), generator, mirror=mirror)
+                x = hide_square(x, generator) if thorough else x
                 x = x.contiguous(memory_format=torch.channels_last)  # up to twice as fast on CPUs
-                logits = classifier.to_logits(F.relu(classifier.features(x)))
-                loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    logits = classifier.to_logits(F.relu(classifier.features(x)))
+                loss = F.cross_entropy(logits.float(), labels[batch], label_smoothing=0.05)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -130,6 +138,16 @@ def augment(
     return torch.where(sharp, shifted, blurred) + strength * torch.randn(shifted.shape, generator=generator)
 
 
+def hide_square(pixels: Float[Tensor, "b c h w"], generator: Generator) -> Float[Tensor, "b c h w"]:
+    """Set a sixteenth of each image to grey, a rectangle at a random place (Cutout, DeVries and Taylor 2017)."""
+    hidden = torch.ones(len(pixels), 1, 1, 1, dtype=torch.bool)
+    for axis, size in ((2, pixels.shape[2]), (3, pixels.shape[3])):
+        start = torch.randint(0, size - size // 4 + 1, (len(pixels), 1), generator=generator)
+        inside = (torch.arange(size) >= start) & (torch.arange(size) < start + size // 4)
+        hidden = hidden & inside.unsqueeze(1).unsqueeze(5 - axis)
+    return pixels.masked_fill(hidden, 0.0)
+
+
 class _StageFeatures(nn.Module):
     """The outputs of all stages, normalised at each position and concatenated. Their mean squared difference is the sum
     over stages of mean squared distances, as in LPIPS (Zhang et al. 2018, eq. 1) with equal weights of all channels."""
@@ -150,7 +168,9 @@ class _StageFeatures(nn.Module):
         return concatenated * concatenated.shape[1] ** 0.5
 
 
-def _stage(c_in: int, c_out: int) -> nn.Sequential:
-    strided = [nn.Conv2d(c_in, c_out, kernel_size=3, stride=2, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-    second = [nn.Conv2d(c_out, c_out, kernel_size=3, padding=1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-    return nn.Sequential(*strided, *second)
+def _stage(c_in: int, c_out: int, *, pool: bool) -> nn.Sequential:
+    """Two convolutions that halve the resolution, by the stride of the first or by pooling after both."""
+    first = nn.Conv2d(c_in, c_out, kernel_size=3, stride=1 if pool else 2, padding=1, bias=False)
+    second = nn.Conv2d(c_out, c_out, kernel_size=3, padding=1, bias=False)
+    halve = [nn.MaxPool2d(2)] if pool else []
+    return nn.Sequential(first, nn.BatchNorm2d(c_out), nn.ReLU(), second, *halve, nn.BatchNorm2d(c_out), nn.ReLU())

@@ -9,7 +9,7 @@ from mean_colour import random_images
 from scoring import score, value
 from torch import Tensor
 
-from metrics.classifier import train_classifier
+from metrics.classifier import SmallClassifier, hide_square, train_classifier
 from metrics.perceptual import perceptual_network
 from metrics.programs import load_program
 
@@ -55,16 +55,39 @@ def test_the_classifier_is_a_function_of_its_seed() -> None:
     assert not torch.equal(one, other)
 
 
-def test_a_larger_classifier_learns_too_and_mirrors_its_images() -> None:
+@pytest.mark.parametrize("thorough", [False, True])
+def test_a_larger_classifier_learns_too_and_mirrors_its_images(thorough: bool) -> None:
     images, labels = stripes(300, seed=0)
     held_out, held_out_labels = stripes(90, seed=1)
     mirrored = held_out.flip(-1)  # slanted the other way, which it has seen
     how = {"side": 16, "width": 32, "batch_size": 30, "progress": False}
-    classifier = train_classifier(images, labels, 3, mirror=True, **how)
+    classifier = train_classifier(images, labels, 3, mirror=True, thorough=thorough, **how)
     assert len(classifier.stages) == 2
     assert (classifier.predict(torch.cat([held_out, mirrored])) == held_out_labels.repeat(2)).float().mean() >= 0.95
     with pytest.raises(ValueError, match="--side 24: give a power of two, from 8 on"):
         train_classifier(images, labels, 3, side=24, progress=False)
+
+
+def test_a_thorough_classifier_looks_at_every_pixel_before_halving_the_resolution() -> None:
+    for thorough, sides in ((False, [16, 8, 4]), (True, [32, 16, 8])):
+        classifier = SmallClassifier(2, width=2, thorough=thorough).eval()
+        inputs: list[int] = []
+        x = torch.zeros(1, 3, 32, 32)
+        for stage in classifier.stages:
+            inputs.append(stage[3](stage[:3](x)).shape[-1])  # of the second convolution
+            x = stage(x)
+        assert (inputs, x.shape[-1]) == (sides, 4)
+
+
+def test_a_sixteenth_of_each_image_is_hidden_somewhere_else() -> None:
+    ones = torch.ones(4000, 2, 16, 32)
+    hidden = hide_square(ones, torch.Generator().manual_seed(0)) == 0
+    assert torch.equal(hidden[:, 0], hidden[:, 1])
+    assert (hidden[:, 0].sum(dim=(1, 2)) == 4 * 8).all()
+    corner = hidden[:, 0].flatten(1).int().argmax(dim=1)
+    assert len(corner.unique()) > 200
+    assert (corner % 32 <= 24).all()  # a rectangle, not wrapped around
+    assert hidden[:, 0].any(dim=0).all()
 
 
 def test_perceptual_features_add_up_the_distances_of_all_stages(tmp_path: Path) -> None:
