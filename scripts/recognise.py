@@ -1,8 +1,8 @@
 """Measure how often a small classifier, trained on the real images, recognises samples as their class.
 
 python scripts/recognise.py --samples samples.npz --data.path mnist.zip --data.image_size 28
-python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --width 48 --mirror true --epochs 12 \
-    --classifier cifar10.pt2 --perceptual cifar10-features.pt2
+python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --width 48 --mirror true --thorough true \
+    --epochs 16 --classifier cifar10.pt2 --perceptual cifar10-features.pt2
 """
 
 import json
@@ -34,7 +34,7 @@ class RecogniseConfig:
         width: channels of the first stage; 48 takes four times as much work as 24
         mirror: also train on mirrored images; not for digits and letters
         thorough: look at every pixel before halving the resolution, and hide a part of each image in training; better
-            on photographs, for four times the work
+            on photographs, for ten times the work
         seed: seed of the classifier
     """
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from mean_colour import random_images
 from scoring import score, value
-from torch import Tensor
+from torch import Tensor, nn
 
 from metrics.classifier import SmallClassifier, hide_square, train_classifier
 from metrics.perceptual import perceptual_network
@@ -68,15 +68,24 @@ def test_a_larger_classifier_learns_too_and_mirrors_its_images(thorough: bool) -
         train_classifier(images, labels, 3, side=24, progress=False)
 
 
-def test_a_thorough_classifier_looks_at_every_pixel_before_halving_the_resolution() -> None:
-    for thorough, sides in ((False, [16, 8, 4]), (True, [32, 16, 8])):
-        classifier = SmallClassifier(2, width=2, thorough=thorough).eval()
-        inputs: list[int] = []
-        x = torch.zeros(1, 3, 32, 32)
-        for stage in classifier.stages:
-            inputs.append(stage[3](stage[:3](x)).shape[-1])  # of the second convolution
-            x = stage(x)
-        assert (inputs, x.shape[-1]) == (sides, 4)
+@pytest.mark.parametrize(("thorough", "sides"), [(False, [16, 16, 8, 8, 4, 4]), (True, [32, 32, 16, 16, 8, 8, 4])])
+def test_a_thorough_classifier_looks_at_every_pixel_before_halving(thorough: bool, sides: list[int]) -> None:
+    classifier = SmallClassifier(2, width=2, thorough=thorough).eval()
+    of_convolutions: list[int] = []
+    for layer in classifier.stages.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _layer, _inputs, out: of_convolutions.append(out.shape[-1]))
+    assert classifier.stages(torch.zeros(1, 3, 32, 32)).shape == (1, 8, 4, 4)
+    assert of_convolutions == sides
+
+
+def test_a_class_is_that_of_an_image_and_its_mirror_image() -> None:
+    images, labels = stripes(30, seed=0)
+    classifier = train_classifier(images, labels, 3, epochs=1, mirror=True, progress=False)
+    both = classifier(images)[1] + classifier(images.flip(-1))[1]
+    assert torch.equal(classifier.predict(images), both.argmax(dim=1))
+    assert torch.equal(classifier.predict(images), classifier.predict(images.flip(-1)))
+    assert not torch.equal(classifier.predict(images), classifier(images)[1].argmax(dim=1))  # one image alone errs
 
 
 def test_a_sixteenth_of_each_image_is_hidden_somewhere_else() -> None:
