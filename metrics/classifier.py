@@ -22,7 +22,7 @@ class SmallClassifier(nn.Module):
 
     Stages of two convolutions halve the resolution and double the width, down to 4x4. Global average pooling, a linear
     layer to the features and one to the classes follow. A small `side` makes it insensitive to an autoencoder's blur. A
-    `thorough` one looks at every pixel first, and halves the resolution by pooling, for ten times the work.
+    `thorough` one looks at every pixel first, and halves the resolution by pooling, for three times the work.
     """
 
     def __init__(self, num_classes: int, *, side: int = 32, width: int = 24, thorough: bool = False) -> None:

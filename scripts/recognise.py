@@ -34,7 +34,7 @@ class RecogniseConfig:
         width: channels of the first stage; 48 takes four times as much work as 24
         mirror: also train on mirrored images; not for digits and letters
         thorough: look at every pixel before halving the resolution, and hide a part of each image in training; better
-            on photographs, for ten times the work
+            on photographs, for three times the work
         seed: seed of the classifier
     """
 
