@@ -1,6 +1,6 @@
 """Build a model of which each process holds only its shards, with the same initial weights as a model built whole."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,7 @@ FILLS = {"bernoulli_", "copy_", "exponential_", "fill_", "log_normal_", "normal_
 
 
 class FreedWeightError(RuntimeError):
-    """A constructor reads a weight whose memory has been freed."""
+    """A constructor, or a tensor beside the weights, reads a weight whose memory has been freed."""
 
 
 class Waiting(nn.Parameter):
@@ -45,6 +45,7 @@ def build_in_shards(build: Callable[[], M], mesh: DeviceMesh) -> M:
                 waiting[id(parameter)] = Waiting(meta, requires_grad=parameter.requires_grad)
                 waiting[id(parameter)].shard = building.shard_of(parameter)
             module._parameters[name] = waiting[id(parameter)]
+        building.check([*module._buffers.values(), *vars(module).values()])
     return model
 
 
@@ -80,10 +81,18 @@ class _OneParameterAtATime(TorchDispatchMode):
         self._hook.remove()
         super().__exit__(*error)
 
+    def check(self, values: Iterable[object]) -> None:
+        """Raise FreedWeightError if one of the values is a tensor in the memory of a weight, which would be read."""
+        for value in values:
+            if isinstance(value, Tensor) and _storage(value) in self._freed:
+                raise FreedWeightError(f"a tensor of shape {tuple(value.shape)} shares its memory with a weight")
+
     def shard_of(self, parameter: nn.Parameter) -> DTensor:
         """This process's shard, without its storage."""
-        if (storage := _storage(parameter)) in self._freed:
-            return self._freed.pop(storage)[1]
+        owner, shard = self._freed.get(_storage(parameter), (None, None))
+        if owner is parameter and shard is not None:
+            return shard
+        self.check([parameter])
         return distribute_tensor(parameter.detach(), self._mesh, [Shard(0)], src_data_rank=None)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

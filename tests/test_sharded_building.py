@@ -60,6 +60,26 @@ for use in (lambda weight: weight.mul_(2), lambda weight: weight.norm(), lambda 
         raise AssertionError
 model = build_in_shards(lambda: Reading(lambda weight: weight.view(16).fill_(3)), mesh)
 assert weights_of(model)["first.weight"].full_tensor().eq(3).all()
+class Sharing(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        halves = torch.randn(2, 4, 4)
+        self.first = nn.Parameter(halves[0])
+        if name == "parameter":
+            self.second = nn.Parameter(halves[1])
+        elif name == "buffer":
+            self.register_buffer("second", self.first.detach())
+        else:
+            self.second = self.first.detach()
+        self.last = nn.Linear(2, 2)
+
+for name in ("parameter", "buffer", "tensor"):
+    try:
+        build_in_shards(lambda: Sharing(name), mesh)
+    except FreedWeightError as error:
+        assert "shares its memory with a weight" in str(error)
+    else:
+        raise AssertionError(name)
 shared = build_in_shards(lambda: nn.ModuleDict({{"one": (layer := nn.Linear(2, 2)), "other": layer}}), mesh)
 assert len([*shared.parameters()]) == 2
 """

@@ -16,7 +16,7 @@ from data.latents import LatentCache
 from diffusion import Diffusion
 from experiment.build import build_diffusion, model_spec, open_cache, open_split
 from experiment.config import ExperimentConfig
-from machine.sharded_building import FreedWeightError, build_in_shards, place_shards, weights_of
+from machine.sharded_building import build_in_shards, place_shards, weights_of
 from models import ModelSpec
 from models.backbone import Backbone
 from models.compilation import compile_blocks
@@ -79,7 +79,7 @@ def _shards_of(spec: ModelSpec, accelerator: Accelerator) -> Backbone | None:
     random_state = torch.get_rng_state()
     try:
         return build_in_shards(spec.build, init_device_mesh(accelerator.device.type, (accelerator.num_processes,)))
-    except FreedWeightError as error:
+    except (RuntimeError, AssertionError) as error:  # FreedWeightError, or what else a whole build may not raise
         torch.set_rng_state(random_state)
         accelerator.print(f"--model {spec.name} is first built whole, in the main memory of each process ({error})")
         return None
