@@ -16,6 +16,7 @@ from typing import Any
 from ablation.identity import is_scored
 from evaluation.table import SIGNIFICANT, number
 from metrics.scores import is_lower_better
+from training.log import read_log
 
 
 @dataclass(frozen=True)
@@ -206,8 +207,8 @@ def read_results(folder: Path) -> Results:
         if not is_scored(scores.parent, row["keys"]["score"]) or not scores.is_file():
             missing.append(f"{row['variant']}, seed {row['seed']}")
             continue
-        log = (Path(row["trained_in"]) / "log.jsonl").read_text().splitlines()
-        run = RunResult(row, json.loads(scores.read_text()), [json.loads(line) for line in log])
+        events = read_log(Path(row["trained_in"]) / "log.jsonl")
+        run = RunResult(row, json.loads(scores.read_text()), events)
         variants.setdefault(row["variant"], []).append(run)
     if not variants:
         raise ValueError(f"{folder}: no run is finished, there is nothing to report yet ({len(missing)} to go)")

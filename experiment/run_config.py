@@ -60,6 +60,7 @@ class RunConfig:
     resume: str | None
     init_from: str | None
     if TYPE_CHECKING:  # which each subclass declares
+        optim: Any
         train: Any
         log: Any
     fixed = tuple[str, ...]()  # settings, or groups of them, that must not change on resume

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from machine.atomic_files import atomic_path, sha256_of
+from machine.atomic_files import atomic_path, sha256_of, unused_path
 
 CHECKSUMS = "checksums.json"
 BEST = "best"
@@ -122,7 +122,11 @@ class Best:
 
 
 def mark_best(folder: Path, step: int | None) -> bool:
-    """Point the link `folder/best` to this step's checkpoint, if it exists, else remove it; return which."""
+    """Point the link `folder/best` to this step's checkpoint, if it exists, else remove it; return which. A copy of the
+    run may have a folder in the link's place, which is kept under another name."""
+    link = folder / BEST
+    if link.is_dir() and not link.is_symlink():
+        print(f"{link} was no link, and is now {link.rename(unused_path(link))}", flush=True)
     if step is None or not checkpoint_path(folder, step).is_dir():
         (folder / BEST).unlink(missing_ok=True)
         return False

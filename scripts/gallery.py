@@ -86,15 +86,16 @@ def main(config: GalleryConfig) -> None:
 
 
 def read_run(folder: Path) -> Run:
-    """Read configuration, log, scores and the newest grid. Truncated lines of the log are ignored."""
+    """Read configuration, log, scores and the newest grid."""
+    from training.log import read_log
+
     config = flatten(yaml.safe_load((folder / "config.yaml").read_text()) or {})
     log, scores = folder / "log.jsonl", folder / "scores.json"
-    lines = log.read_text().splitlines() if log.is_file() else []
     record = json.loads(scores.read_text()) if scores.is_file() else {}
     values = {"scored at step": record.get("samples", {}).get("step"), "samples scored": record.get("num_samples")}
     values |= {name: score.get("value") for name, score in record.get("scores", {}).items() if isinstance(score, dict)}
     values = {name: value for name, value in values.items() if value is not None}
-    events = [json.loads(line) for line in lines if line.endswith("}")]
+    events = read_log(log) if log.is_file() else []
     for part in reversed(json.loads(newest_metadata(folder).get("history", "[]"))):  # trained with other settings
         for name, former in part["settings"].items():
             config[name] = f"{former} until step {part['until']}, then {config.get(name)}"

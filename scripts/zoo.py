@@ -53,10 +53,15 @@ def add(
         configuration: the one in the repository whose header has the commands and their cost
         scores: files of evaluate.py's or recognise.py's --output; of several evaluations in a file the first counts
         within: by score, the largest difference at which another training of this configuration counts as the same
-        images: images seen in training, with those of the weights that it started from; by default steps times batch
+        images: images seen in training, with those of the weights that it started from; by default those of its steps
     """
+    from checkpoints.checkpoint import read_metadata
+    from training.log import read_log
+    from training.resumption import images_seen
+
     checkpoint = opened(run)
     origin, batch_size = checkpoint.config.init_from, checkpoint.config.train.batch_size
+    seen = images_seen(read_metadata(checkpoint.path), checkpoint.step, batch_size)
     if not (configuration.is_file() and configuration.resolve().is_relative_to(ROOT)):
         raise ValueError(
             f"--configuration {configuration}: not a file of this repository, as configs/quickstart.yaml is"
@@ -67,16 +72,17 @@ def add(
     log_file = checkpoint.run / "log.jsonl"
     if not log_file.is_file():
         raise ValueError(f"--run {run}: {log_file} does not exist; give the folder of a training")
-    log = [json.loads(line) for line in log_file.read_text().splitlines()]
-    speeds = [line["images_per_second"] for line in log if "images_per_second" in line]
+    speeds = [event["images_per_second"] for event in read_log(log_file) if "images_per_second" in event]
     values, sampling = read_scores(scores, checkpoint)
+    if not all(largest >= 0 for largest in within.values()) or (images is not None and images < 1):
+        raise ValueError(f"--within, --images: {within}, {images}; differences are at least 0, images at least 1")
     if unknown := within.keys() - values.keys():
         raise ValueError(f"--within: {', '.join(sorted(unknown))} is not in --scores, which have {', '.join(values)}")
     with tempfile.TemporaryDirectory() as folder:
         weights = published(checkpoint, Path(folder))
         row = {
             "config": path,
-            "images": images or checkpoint.step * batch_size,
+            "images": images or seen,
             "images_per_second": round(statistics.median(speeds)),
             "within": within,
             **described(path),

@@ -129,6 +129,11 @@ def test_epochs_are_not_counted_in_steps_of_several_sizes(stored):
     changed = asked(checkpoint, "diffusion", *flags, "--train.num_steps", "999")
     resume_config(changed, checkpoint, print)
 
+    # Nor in the steps between two drops of the rate.
+    dropping = asked(checkpoint, "diffusion", *flags, "--train.num_steps", "999", "--optim.decay", "step")
+    with pytest.raises(CheckpointError, match=r"--train.batch_size 64: 1 steps were of other .*--optim.decay step"):
+        resume_config(dropping, checkpoint, print)
+
     # Nor are they later, when the batch size stays.
     later = checkpoint.with_name("00000005")
     history = former_settings(checkpoint, changed)

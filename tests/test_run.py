@@ -91,6 +91,22 @@ def test_a_rollback_leaves_no_step_twice_in_the_log(train, tmp_path):
     assert [event["step"] for event in events if "skipped" in event] == [4, 5]
 
 
+def test_steps_skipped_before_a_rollback_stay_in_the_log_after_a_kill(train, tmp_path):
+    def diverges(run, step):
+        if run.rollbacks and step == 3:
+            raise Killed
+        return float("nan") if step >= 2 and not run.rollbacks else 1.0
+
+    with pytest.raises(Killed):
+        train(diverges)
+    skipped = [event for event in log(tmp_path, "run") if "skipped" in event]
+    assert [(event["step"], event["source_indices"]) for event in skipped] == [(3, [2]), (4, [3])]
+    train(lambda run, step: float("nan") if step == 3 else 1.0, resume="runs/run")
+    again = [event for event in log(tmp_path, "run") if "skipped" in event]
+    assert again[:2] == skipped
+    assert [(event["step"], event["rollbacks"]) for event in again[2:]] == [(4, 1)]
+
+
 def test_nan_samples_do_not_end_a_training(train, capsys):
     def draw(step):
         return create_codec("pixel").decode(torch.full((1, 3, 2, 2), torch.nan))
@@ -110,6 +126,20 @@ def test_the_best_is_one_that_is_still_there(train, tmp_path):
     run = train(lambda run, step: 1.0, looks={}, resume="runs/run")
     assert not (folder / "best").is_symlink()
     assert run.best.value is None
+
+
+def test_a_copy_of_a_run_that_has_a_folder_for_the_link_to_the_best_resumes(train, tmp_path, capsys):
+    """As programs make it that follow links; what is in the folder is kept."""
+    train(lambda run, step: 1.0, looks={2: 3.0, 4: 1.0})
+    folder = tmp_path / "runs" / "run" / "checkpoints"
+    (folder / "best").unlink()
+    shutil.copytree(folder / "00000004", folder / "best")
+    train(lambda run, step: 1.0, looks={}, resume="runs/run")
+    assert (folder / "best").is_symlink()
+    assert (folder / "best").resolve() == folder / "00000004"
+    (kept,) = folder.glob("best.before-*")
+    assert f"{folder / 'best'} was no link, and is now {kept}".replace(f"{tmp_path}/", "") in capsys.readouterr().out
+    assert find_damage(kept) is None
 
 
 def test_a_resumed_run_makes_up_for_a_missed_inspection_only_once(train, tmp_path):

@@ -120,10 +120,27 @@ def test_a_run_becomes_a_row_by_which_others_are_checked(folder, index, capsys, 
     assert "differs" in capsys.readouterr().out
 
 
+def test_images_of_steps_with_another_batch_size_are_counted_as_they_were(folder, index, tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    shutil.copytree(folder / "runs" / "tiny", run)
+    weights = run / "checkpoints" / "00000004" / "ema.safetensors"
+    history = [{"until": 1, "settings": {"train.batch_size": 100}}, {"until": 3, "settings": {"optim.lr": 1.0}}]
+    save_tensors(read_tensors(weights), weights, {**read_metadata(weights), "history": json.dumps(history)})
+    with (run / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')  # the last line of a training that was killed
+    ZOO.add("mine", run, ROOT / "configs" / "quickstart.yaml", recognised(index, 0.9), {})
+    batch_size = open_checkpoint(run).config.train.batch_size
+    assert yaml.safe_load((index / "zoo.yaml").read_text())["mine"]["images"] == 100 + 3 * batch_size
+
+
 def test_what_the_zoo_cannot_index_or_compare_is_said(folder, index):
     run, config = folder / "runs" / "tiny", ROOT / "configs" / "quickstart.yaml"
     with pytest.raises(ValueError, match="--within: fid is not in --scores, which have class_agreement"):
         ZOO.add("mine", run, config, recognised(index, 0.9), {"fid": 1.0})
+    with pytest.raises(ValueError, match=r"--within, --images: .* -1.* at least 0, images at least 1"):
+        ZOO.add("mine", run, config, recognised(index, 0.9), {"class_agreement": -1.0})
+    with pytest.raises(ValueError, match=r"--within, --images: .*, 0; "):
+        ZOO.add("mine", run, config, recognised(index, 0.9), {}, images=0)
     with pytest.raises(ValueError, match="of other weights than"):
         ZOO.add("mine", run, config, recognised(index, 0.9, samples={"weights_sha256": "0"}), {})
     with pytest.raises(ValueError, match=r"--name mine: not in zoo\.yaml, which has embedded"):

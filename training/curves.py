@@ -1,12 +1,12 @@
 """Pictures of a run (its losses, and the progress of its samples) and of a benchmark."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from machine.checkpoint_folder import paths_by_step
+from training.log import read_log
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def draw_curve(run: Path) -> None:
 
     from metrics.scores import column_title, is_lower_better
 
-    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    events = read_log(run / "log.jsonl")
     names = dict.fromkeys(name for event in events for name in event if "halves" not in name)
     scores = [name for name in names if not name.startswith("validation_") and is_lower_better(name) is not None]
     width = 6 + 3 * len(scores)

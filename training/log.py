@@ -1,6 +1,7 @@
 """The log of a run: `log.jsonl` and Accelerate's trackers."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,20 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-class Log:
-    """Writes events as lines of JSON and to the trackers; a run that continues removes events after `step`."""
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """Events of a log, without broken lines, such as the last one of a training that was killed."""
+    events = []
+    for line in path.read_text(errors="replace").splitlines():
+        with suppress(ValueError):
+            events.append(json.loads(line))
+    return [event for event in events if isinstance(event, dict) and "step" in event]
 
-    def __init__(self, folder: Path, accelerator: Accelerator, config: dict, step: int = 0) -> None:
+
+class Log:
+    """Writes events as lines of JSON and sends them to the trackers. A run that continues at a `step`, after that many
+    `rollbacks`, removes later events."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, config: dict, step: int = 0, rollbacks: int = 0) -> None:
         self.path, self.accelerator = folder / "log.jsonl", accelerator
         wandb = WandBTracker("latent-diffusion-backbones", name=folder.name)  # names of the project and of the run
         accelerator.log_with = [wandb if str(tracker) == "wandb" else tracker for tracker in accelerator.log_with]
@@ -31,7 +42,7 @@ class Log:
         except Exception as error:  # each tracker raises its own errors
             remedy = "wandb login, set WANDB_MODE=offline, or leave it out"
             raise ValueError(f"--log.trackers {config['log']['trackers']}: {error}; {remedy}") from error
-        self._truncate(step)
+        self._truncate(step, rollbacks)
 
     def write(self, step: int, **values: int | float | list[int]) -> None:
         """Log values at an optimizer step. Lists are written to the file only."""
@@ -52,24 +63,25 @@ class Log:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 tracker.log_images({"samples": pixels}, step=step, **layout)
 
-    def roll_back(self, step: int) -> None:
+    def roll_back(self, step: int, rollbacks: int) -> None:
         """Remove events after `step`, as these steps will be taken again, except for skipped ones and their images."""
-        self._truncate(step, keep_skipped=True)
+        self._truncate(step, rollbacks)
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard" and self.accelerator.is_main_process:
                 writer: Any = tracker.tracker  # opens another file with its next event, as after a resumption
                 writer.close()
                 writer.purge_step = step + 1
 
-    def _truncate(self, step: int, *, keep_skipped: bool = False) -> None:
-        """Remove events after `step`, and broken lines with a warning."""
+    def _truncate(self, step: int, rollbacks: int) -> None:
+        """Remove events after `step`, except for steps skipped before one of the `rollbacks`, which come with other
+        images next time; and broken lines, with a warning."""
         if not self.accelerator.is_main_process:
             return
         lines, kept = self.path.read_text(errors="replace").splitlines() if self.path.exists() else [], []
         for number, line in enumerate(lines, start=1):
             try:
                 event = json.loads(line)
-                if event["step"] <= step or (keep_skipped and "skipped" in event):
+                if event["step"] <= step or event.get("rollbacks", rollbacks) < rollbacks:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 print(f"warning: {self.path}: line {number} is broken and left out: {line[:60]}", flush=True)

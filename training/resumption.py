@@ -82,24 +82,36 @@ def resume_config(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
 
 
 def _check_epochs(config: RunConfig, stored: RunConfig, metadata: Mapping[str, str], checkpoint: Path) -> None:
-    """Raise CheckpointError if a length in epochs would count steps of other batch sizes like those to come."""
+    """Raise CheckpointError if epochs would count steps of other batch sizes like those to come."""
     train: Any = config.train
-    step, since, num_seen, size = int(checkpoint.name), 0, 0, stored.train.batch_size
-    sizes = [
-        (part["until"], part["settings"].get("train.batch_size")) for part in json.loads(metadata.get("history", "[]"))
-    ]
-    for until, former in [*((until, former) for until, former in sizes if former), (step, size)]:
-        num_seen, since = num_seen + (until - since) * former, until
-    if train.num_steps is not None or num_seen == step * train.batch_size:
+    step = int(checkpoint.name)
+    num_seen = images_seen(metadata, step, stored.train.batch_size)
+    if num_seen == step * train.batch_size:
+        return
+    steps_were = f"--train.batch_size {train.batch_size}: {step} steps were of other sizes"
+    if hasattr(train, "num_epochs") and config.optim.decay == "step":
+        raise CheckpointError(
+            f"{steps_were}, and --optim.decay step would count them alike; take another --optim.decay"
+        )
+    if train.num_steps is not None:
         return
     images = json.loads(metadata.get("identity", "{}")).get("train", {}).get("num_images", math.nan)
     num_epochs = train.num_epochs or DEFAULT_EPOCHS
     left = (num_epochs * images - num_seen) / train.batch_size
     raise CheckpointError(
-        f"--train.batch_size {train.batch_size}: {step} steps were of other sizes, and --train.num_epochs would count "
-        f"them alike; give --train.num_steps {'N' if math.isnan(left) else step + max(0, math.ceil(left))} "
-        f"--train.num_epochs null, which makes {num_epochs} epochs"
+        f"{steps_were}, and --train.num_epochs would count them alike; give "
+        f"--train.num_steps {'N' if math.isnan(left) else step + max(0, math.ceil(left))} --train.num_epochs null, "
+        f"which makes {num_epochs} epochs"
     )
+
+
+def images_seen(metadata: Mapping[str, str], step: int, batch_size: int) -> int:
+    """Number of images in all steps of a checkpoint, whose batches may have had other sizes before the present one."""
+    num_seen = since = 0
+    for part in json.loads(metadata.get("history", "[]")):
+        if former := part["settings"].get("train.batch_size"):
+            num_seen, since = num_seen + (part["until"] - since) * former, part["until"]
+    return num_seen + (step - since) * batch_size
 
 
 # Groups of settings that may change, and that results depend on.

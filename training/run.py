@@ -123,7 +123,7 @@ class Run(Generic[R]):
         self.accelerator.wait_for_everyone()
         self.interruption.begin()
         self._saved_at = time.monotonic()
-        self.log = Log(self.folder, self.accelerator, self.config.to_dict(), self.step)
+        self.log = Log(self.folder, self.accelerator, self.config.to_dict(), self.step, self.rollbacks)
 
     @property
     def rollbacks(self) -> int:
@@ -180,7 +180,8 @@ class Run(Generic[R]):
     def skip(self, guard: Guard, source_indices: list[int]) -> None:
         """Log a skipped step and its images."""
         self.meter.skip()
-        self.log.write(self.step + 1, skipped=guard.skipped, source_indices=source_indices)
+        images = {"source_indices": source_indices, "rollbacks": self.rollbacks}  # which decide on the data's order
+        self.log.write(self.step + 1, skipped=guard.skipped, **images)
 
     def inspect(self, *inspections: Inspection) -> None:
         """Run inspections, log their values, save if one is the best; interrupted ones are repeated on resuming."""
@@ -257,7 +258,7 @@ class Run(Generic[R]):
     def _roll_back(self) -> None:
         self.writing.wait()
         self._restore(from_main(self.accelerator, lambda: checkpoint_to_resume(self.folder)))
-        self.log.roll_back(self.step)
+        self.log.roll_back(self.step, self.rollbacks)
         self._save_again()  # so that a run that is killed remembers the rollback
         self.bar.reset(total=self.num_steps)
         self.bar.update(self.step)
