@@ -18,7 +18,7 @@ from experiment.cli import run_main
 from experiment.config import DataConfig, DataFlags, EvaluationConfig, SamplingConfig
 from machine.stopping import without_garbage_collection
 from metrics.scores import PER_IMAGE, check_metrics, required_features
-from settings import reads, set_values, unset, within
+from settings import reads, set_values, unset, within, writes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -82,7 +82,7 @@ class EvaluateConfig(EvaluationFlags):
     samples: str | None = reads("samples", None)
     checkpoint: str | None = reads("checkpoint", None)
     reference: str | None = reads("reference", None)
-    write_reference: str | None = None
+    write_reference: str | None = writes(".npz", None)
     trials: int = within("[1, inf)", 1)
     sampling: SweptSampling = field(default_factory=SweptSampling, metadata={"short": True})
     baselines: bool = False
@@ -90,7 +90,7 @@ class EvaluateConfig(EvaluationFlags):
     memorisation: bool = False
     likelihood: int = within("[0, inf)", 0)
     self_check: bool = False
-    output: str | None = None
+    output: str | None = writes(".json", None)
     latex: bool = False
     precision: str = "auto"
     compile: Literal["blocks", "graphs"] | None = None
@@ -331,8 +331,6 @@ def check(config: EvaluateConfig) -> None:
 
     if config.self_check:
         return
-    if config.output and (Path(config.output).suffix != ".json" or Path(config.output).is_dir()):
-        raise ValueError(f"--output {config.output}: give FILE.json; pictures and tables are written beside it")
     if samples is None and config.autoencoder is None:
         raise ValueError("--samples: give a run, a folder, a zip or an npz; or --autoencoder, or --self_check true")
     if samples is None:

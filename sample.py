@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from experiment.cli import run_main
 from experiment.config import DataFlags, SamplingFlags
 from machine.stopping import without_garbage_collection
-from settings import SEEDS, reads, set_values, within
+from settings import SEEDS, reads, set_values, within, writes
 
 if TYPE_CHECKING:
     from checkpoints.checkpoint import Checkpoint
@@ -52,7 +52,7 @@ class SampleConfig:
     """
 
     checkpoint: str = reads("checkpoint")
-    output: str | None = None
+    output: str | None = writes("", None)
     classes: list[str] = field(default_factory=list)
     num_per_class: int = within("[1, inf)", 4)
     seed: int = within(SEEDS, 0)

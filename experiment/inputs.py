@@ -1,8 +1,9 @@
-"""Check that the files and folders that settings name exist, before libraries are imported, which takes seconds."""
+"""Check that the files and folders that settings name exist, or can be written, before libraries are imported, which
+takes seconds."""
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,8 +77,8 @@ KINDS = {
 
 def check_inputs(config: Any, prefix: str = "--") -> None:
     """Raise ValueError, naming the flag, if a setting that `settings.reads` declares names nothing that exists, or one
-    of several names with commas in between. Only the main process checks, as others may not see its files. Settings in
-    `config.unread` are left out."""
+    of several names with commas in between, or one of `settings.writes` what cannot be written. Only the main process
+    checks, as others may not see its files. Settings in `config.unread` are left out."""
     if os.environ.get("RANK", "0") != "0":
         return
     for setting in (setting for setting in fields(config) if setting.name not in getattr(config, "unread", ())):
@@ -85,7 +86,18 @@ def check_inputs(config: Any, prefix: str = "--") -> None:
         for part in value if isinstance(value, list) else [value]:
             if is_dataclass(part):
                 check_inputs(part, f"{prefix}{setting.name}.")
+            elif "writes" in setting.metadata and part not in (None, UNSET):
+                check_output(f"{prefix}{setting.name}", Path(part), setting.metadata["writes"].split())
             elif kind is not None and part not in (None, UNSET):
                 names = [str(part)] if kind.exists(str(part)) else str(part).split(",")
                 if not all(map(kind.exists, names)):
                     raise ValueError(f"{prefix}{setting.name} {part}{kind.problem}")
+
+
+def check_output(flag: str, path: Path, endings: Sequence[str]) -> None:
+    """Raise ValueError, naming the flag, unless a file with one of these endings can be written at the path."""
+    if endings and (path.suffix.lower() not in endings or path.is_dir()):
+        raise ValueError(f"{flag} {path}: give {' or '.join(f'FILE{ending}' for ending in endings)}")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {path}: nothing can be written in {folder}")

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import run_main
 from experiment.config import DataConfig
-from settings import SEEDS, reads, within
+from settings import SEEDS, reads, within, writes
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class RecogniseConfig:
 
     samples: Path | None = reads("file", None)
     data: DataConfig = field(default_factory=DataConfig)
-    classifier: Path | None = None
-    perceptual: Path | None = None
-    output: Path | None = None
+    classifier: Path | None = writes(".pt2 .pt", None)
+    perceptual: Path | None = writes(".pt2 .pt", None)
+    output: Path | None = writes(".json", None)
     epochs: int | None = within("[1, inf)", None)
     side: int = within("[8, 512]", 32)
     width: int = within("[1, 1024]", 24)

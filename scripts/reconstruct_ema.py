@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import run_main
-from settings import reads, within
+from settings import reads, within, writes
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ReconstructConfig:
     run: Path = reads("folder")
     sigma_rel: float = within("(0, inf)")
     step: int | None = within("[0, inf)", None)
-    output: Path | None = None
+    output: Path | None = writes(".safetensors", None)
 
 
 def main(config: ReconstructConfig) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import run_main
-from settings import within
+from settings import within, writes
 
 SWIN = {"dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "patch_size": 2, "num_global_blocks": 2}
 SWIN |= {"conditioning": "none", "conv_norm": "group", "drop_path": 0.0}
@@ -45,7 +45,7 @@ class SegmentConfig:
     difficulty: Literal["easy", "medium", "hard"] = "easy"
     image_size: int = within("[1, inf)", 32)
     num_steps: int = within("[1, inf)", 500)
-    output: Path = Path("runs/segmentation.png")
+    output: Path = writes(".png .pdf", Path("runs/segmentation.png"))
 
     def check(self, prefix: str) -> None:
         for name in self.models:

@@ -22,6 +22,12 @@ def reads(kind: str, default: Any = MISSING) -> Any:
     return _declare(default, reads=kind)
 
 
+def writes(endings: str, default: Any = MISSING) -> Any:
+    """Declare a dataclass field that names a file to write, with one of these endings; '' stands for any, or a folder.
+    It is checked before the work, which may take hours."""
+    return _declare(default, writes=endings)
+
+
 def _declare(default: Any, **metadata: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)

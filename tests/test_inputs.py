@@ -40,6 +40,13 @@ MISTYPED = {
     "scripts/recognise.py --samples nowhere.npz": "--samples nowhere.npz: no such file",
     "scripts/reconstruct_ema.py --run nowhere --sigma_rel 0.1": "--run nowhere: no such folder",
     "scripts/train_autoencoder.py --data.path nowhere": "--data.path nowhere: is neither",
+    "evaluate.py --samples embedded --write_reference ready": "--write_reference ready: give FILE.npz",
+    "evaluate.py --samples embedded --output docs": "--output docs: give FILE.json",
+    "sample.py --checkpoint embedded --output Makefile/new": "--output Makefile/new: nothing can be written in",
+    "scripts/recognise.py --classifier docs": "--classifier docs: give FILE.pt2 or FILE.pt",
+    "scripts/recognise.py --perceptual features": "--perceptual features: give FILE.pt2 or FILE.pt",
+    "scripts/reconstruct_ema.py --run docs --sigma_rel 0.1 --output x.pt": "--output x.pt: give FILE.safetensors",
+    "scripts/segment_shapes.py --output docs": "--output docs: give FILE.png or FILE.pdf",
 }
 ATTEMPTS = """
 import contextlib, runpy, sys
