@@ -28,6 +28,7 @@ from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from machine.accelerator import indices_of_process
 from machine.atomic_files import keeping
+from machine.lock import taking_turns
 from machine.precision import to_float64
 from metrics.cost import throughput
 from metrics.downloads import network_timeout
@@ -200,7 +201,7 @@ def measure_autoencoders(
         "latents": {name: result.latents for name, result in measured.items()},
         "spectrum": {"cycles_per_pixel": frequencies, **powers},
     }
-    with keeping(pictures):  # those of an earlier record
+    with taking_turns(path.parent), keeping(pictures):  # those of an earlier record
         write_json(record, path)
         draw_reconstructions(images, codecs, accelerator.device, pictures[0])
         draw_spectra(frequencies, powers, pictures[1])

@@ -84,9 +84,10 @@ def combined_rows(records: Sequence[Mapping[str, Any]], names: Sequence[str]) ->
     samples: list[Row] = []
     others: dict[str, Row] = {}
     for name, record in zip(names, records, strict=True):
-        first = record["rows"][0].name
+        first = record["rows"][0]
         for row in record["rows"]:
-            if row.name == first:
+            # A set of samples may be called as baselines are, which are of another kind.
+            if (row.name, row.settings.get("kind")) == (first.name, first.settings.get("kind")):
                 settings = {**row.settings, "run": name}
                 if isinstance(codec := settings.get("autoencoder"), dict):
                     sha256 = codec.get("decoder_sha256")

@@ -147,7 +147,7 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
     if images.shape[2:] != (image_size, image_size):
         side = "x".join(map(str, images.shape[2:]))
         raise ValueError(f"{flag}: its images have {side} pixels, not the reference's {image_size}")
-    if len(arrays.get("classes", ())):
+    if "classes" in arrays and arrays["classes"].size:
         strata, classes = labels_in(arrays, flag)
     index = stratified(strata, min(num or len(images), len(images)), seed)
     identity = {"kind": "npz", "path": path, "sha256": sha256_of(Path(path))}

@@ -30,7 +30,10 @@ def images_in(arrays: Arrays, flag: str) -> UInt8[Tensor, "n 3 h w"]:
 
 def labels_in(arrays: Arrays, flag: str) -> tuple[Int64[Tensor, " n"], list[str]]:
     """Return the label of each image, and the names of the classes, if the file has them."""
-    labels, classes = arrays.get("arr_1", np.zeros(0)), [str(name) for name in arrays.get("classes", ())]
+    labels, names = arrays.get("arr_1", np.zeros(0)), arrays.get("classes", np.zeros(0))
+    if names.ndim != 1:
+        raise ValueError(f"{flag}: classes is {names.dtype} {list(names.shape)}, not a list of names")
+    classes = [str(name) for name in names]
     is_valid = labels.dtype.kind in "iu" and labels.shape == arrays["arr_0"].shape[:1]
     if not is_valid or (labels < 0).any() or (classes and (labels >= len(classes)).any()):
         among = f"among its {len(classes)} classes" if classes else "from 0 on"

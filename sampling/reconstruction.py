@@ -35,6 +35,9 @@ def draw_reconstructions(
     if checkpoint.classes:
         labels = map_labels(held_out.labels, held_out.classes, checkpoint.classes, "--reconstruct")
     chosen = spread_over_classes(labels, classes, num_per_class)
+    if len(chosen) == 0:
+        names = ", ".join(checkpoint.classes[label] for label in classes)
+        raise ValueError(f"--reconstruct: there are no held-out images of {names}; give other --classes")
     images = torch.stack([held_out[index][0] for index in chosen.tolist()])
     pictures, time = reconstruct(generator, images, labels[chosen], t)
     if generator.accelerator.is_main_process:

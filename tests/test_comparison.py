@@ -44,6 +44,17 @@ def compare(paths, tmp_path, **settings):
     COMPARE.main(config)
 
 
+def test_samples_named_as_baselines_are_stay_apart_from_them(tmp_path, capsys):
+    paths = [saved(tmp_path, "training images", 5.0, other=[("training images", 1.0)]), saved(tmp_path, "run", 4.0)]
+    compare(paths, tmp_path)
+    rows = [[cell.strip() for cell in line.split("|")[1:3]] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row for row in rows if row] == [
+        ["training images", "5.0000"],
+        ["run", "4.0000"],
+        ["training images", "1.0000"],
+    ]
+
+
 def test_scores_of_a_run_under_two_settings_stand_in_one_table(folder, capsys):
     save_program(MeanColour(), torch.zeros(2, 3, 8, 8, dtype=torch.uint8), folder / "colours.pt2")
     flags = ("--samples", "runs/tiny", "--extractor", "colours.pt2", "--metrics", f"[{','.join(METRICS)}]")

@@ -40,6 +40,15 @@ def scores(folder, name):
     return json.loads((folder / name).read_text())
 
 
+def test_a_name_in_place_of_a_list_of_classes_is_refused(folder, extractor):
+    images, labels = np.zeros((4, 32, 32, 3), np.uint8), np.zeros(4, np.int64)
+    np.savez(folder / "one.npz", arr_0=images, arr_1=labels, classes=np.array("circle"))
+    flags = ("--samples", "one.npz", "--checkpoint", "runs/tiny", "--extractor", extractor)
+    done = run("evaluate.py", *flags, cwd=folder, check=False)
+    assert done.returncode == 2
+    assert "error: --samples one.npz: classes is <U6 [], not a list of names" in done.stderr
+
+
 def test_scores_carry_their_provenance(folder, extractor):
     done = run("evaluate.py", "--samples", "runs/tiny", "--extractor", extractor, "--num_samples", 10, cwd=folder)
     assert "frechet_distance[colors]" in done.stdout

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from accelerate import Accelerator
+from processes import script
 from torch import nn
 
 from autoencoders.codec import PixelCodec
+from checkpoints.checkpoint import open_checkpoint
 from diffusion import GaussianDiffusion
+from experiment.build import open_split
+from experiment.cli import parse
 from experiment.config import SamplingConfig
 from sampling.generation import Generator
 from sampling.reconstruction import reconstruct, spread_over_classes
@@ -88,3 +92,13 @@ def test_images_are_spread_over_the_classes_asked_for():
     labels = torch.tensor([0, 1, 1, 0, 2, 1, 1, 2])
     assert spread_over_classes(labels, [1, 2], 2).tolist() == [1, 5, 4, 7]
     assert spread_over_classes(labels, [2], 5).tolist() == [4, 7]
+
+
+def test_a_class_without_held_out_images_is_named(folder, tmp_path, monkeypatch):
+    program, run = script("sample.py"), folder / "runs" / "tiny"
+    images = open_split(open_checkpoint(run).config.data, "test")
+    images.labels = torch.zeros_like(images.labels)
+    monkeypatch.setattr("experiment.build.open_split", lambda *_: images)
+    flags = ["--checkpoint", run, "--reconstruct", 300, "--classes", "[star]", "--output", tmp_path / "x.png"]
+    with pytest.raises(ValueError, match="--reconstruct: there are no held-out images of star; give other --classes"):
+        program.main(parse(program.SampleConfig, [*map(str, flags)]))
