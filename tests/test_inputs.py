@@ -42,6 +42,7 @@ MISTYPED = {
     "scripts/train_autoencoder.py --data.path nowhere": "--data.path nowhere: is neither",
     "evaluate.py --samples embedded --write_reference ready": "--write_reference ready: give FILE.npz",
     "evaluate.py --samples embedded --output docs": "--output docs: give FILE.json",
+    "evaluate.py --autoencoder embedded --output x.png": "--output x.png: give FILE.json",
     "sample.py --checkpoint embedded --output Makefile/new": "--output Makefile/new: nothing can be written in",
     "scripts/recognise.py --classifier docs": "--classifier docs: give FILE.pt2 or FILE.pt",
     "scripts/recognise.py --perceptual features": "--perceptual features: give FILE.pt2 or FILE.pt",

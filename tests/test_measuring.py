@@ -249,7 +249,6 @@ MISTAKES = {
         "--sampling: it is about samples",
     ),
     "checkpoint": ({"autoencoder": "embedded", "checkpoint": "runs/x"}, "--checkpoint runs/x: it is about samples"),
-    "picture": ({"autoencoder": "embedded", "output": "x.png"}, "--output x.png: give FILE.json; pictures and tables"),
     "network": (
         {"samples": "runs/x", "perceptual": "vgg19"},
         "--perceptual vgg19: it measures an autoencoder; leave it out",
