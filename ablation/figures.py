@@ -172,7 +172,7 @@ def _panels_by_setting(results: Results) -> dict[str, tuple[Panel, str]]:
     """A panel for each metric if one setting of the grid takes three or more numbers."""
     points = [variant.plan.get("point", {}) for variant in results.variants]
     values = {key: {point[key] for point in points} for key in points[0] if all(key in point for point in points)}
-    numeric = [key for key, taken in values.items() if len(taken) > 2 and all(map(_is_number, taken))]
+    numeric = [key for key, taken in values.items() if len(taken) > 2 and {int, float}.issuperset(map(type, taken))]
     if len(numeric) != 1:
         return {}
     caption = f"Final score by {numeric[0]}: mean and 95% interval over training seeds."
@@ -183,10 +183,6 @@ def _panels_by_setting(results: Results) -> dict[str, tuple[Panel, str]]:
         )
         for metric in results.metrics
     }
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 PANELS: dict[str, tuple[Panel, str]] = {  # with captions

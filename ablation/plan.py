@@ -1,8 +1,6 @@
 """The plan of an ablation: every variant validated, brought to equal cost and timed before any run starts."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +10,7 @@ from accelerate import Accelerator
 
 from ablation.costs import Measurements, Speed, resize_to_cost
 from ablation.identity import accept_other_code, changed_settings, done_stages, find_changes, is_scored, stage_keys
-from ablation.study import AblationConfig, Run, classes_to_draw
+from ablation.study import AblationConfig, Run, classes_to_draw, naming_variant
 from autoencoders.codec import create_codec
 from checkpoints.checkpoint import open_checkpoint
 from diffusion.samplers import num_evaluations
@@ -197,7 +195,7 @@ def make_plan(
 def plan_run(run: Run, ablation: AblationConfig, measurements: Measurements, *, scores_baselines: bool) -> PlannedRun:
     """Validate a run and count the cost of its backbone. Raises ValueError naming the variant that cannot be run."""
     config, warnings = run.config, list[str]()
-    with _naming_variant(run):
+    with naming_variant(run.variant):
         diffusion, codec = build_diffusion(config.diffusion), _codec(config.autoencoder)
         images, held_out = _open_splits(config.data)
         spec = model_spec(config, codec, diffusion, len(images.classes))
@@ -247,13 +245,14 @@ def match_costs(plan: list[PlannedRun], measurements: Measurements) -> list[Plan
         target = next((other for other in targets if other.run.is_beside(run)), targets[0])
         key = {"match": asdict(rule), "to": asdict(target.spec), "spec": asdict(spec)}
         if rule.by == "time":  # which depends on more than the backbone
-            key |= {"trained as": [_timed_settings(config) for config in (target.run.config, run.config)]}
+            both = target.run.config, run.config
+            key |= {"trained as": [{"diffusion": asdict(c.diffusion), "batch_size": c.train.batch_size} for c in both]}
 
         def match() -> dict[str, Any]:
             target_cost = cost_of(target.spec, target.run.config)
             return resize_to_cost(spec, target_cost, lambda spec: cost_of(spec, run.config), rule.tolerance).args
 
-        with _naming_variant(run):
+        with naming_variant(run.variant):
             args = measurements.get(key, match)
         run = replace(run, config=replace(run.config, model_args=args))
         return plan_run(run, planned.ablation, measurements, scores_baselines=planned.scores_baselines)
@@ -338,20 +337,6 @@ def _training_folder(planned: PlannedRun, plan: list[PlannedRun]) -> Path:
     key = planned.keys["train"]
     folders = [other.run.folder for other in plan if other.keys["train"] == key]
     return next((folder for folder in folders if done_stages(folder).get("began") == key), folders[0])
-
-
-@contextmanager
-def _naming_variant(run: Run) -> Iterator[None]:
-    """Prefix errors with the name of the variant."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        raise ValueError(f"variant {run.variant}: {error}") from error
-
-
-def _timed_settings(config: ExperimentConfig) -> dict[str, Any]:
-    """The settings besides the backbone that the time of a training step depends on."""
-    return {"diffusion": asdict(config.diffusion), "batch_size": config.train.batch_size}
 
 
 @lru_cache

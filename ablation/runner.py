@@ -25,11 +25,10 @@ import yaml
 
 from ablation.identity import PROGRAMS, ROOT, code_hash, done_stages, mark_done
 from ablation.plan import PlannedRun, format_duration
-from ablation.study import ClusterConfig
 from machine import children
 from machine.atomic_files import unused_path, write_atomic
 from machine.children import EXIT_CODE, STOPPED
-from machine.cluster import open_executor, requeue
+from machine.cluster import ClusterConfig, open_executor, requeue
 from machine.lock import InUseError, Lock
 
 _PRINTING = threading.Lock()
@@ -247,7 +246,7 @@ def submit(
     jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: Literal["slurm", "local"]
 ) -> list[Outcome]:
     """Submit all jobs through submitit and wait; those of `local` are processes here, which a signal stops."""
-    executor = open_executor(scheduler, logs, name="ablation", **asdict(cluster))
+    executor = open_executor(scheduler, logs, cluster, name="ablation")
     here = scheduler == "local"
     submitted: list[tuple[list[PlannedRun], Any]] = []
     signals: list[str] = []

@@ -1,6 +1,8 @@
 """Configuration of an ablation, and the runs that it expands to. Imports no torch, so that `--help` is fast."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -98,25 +100,6 @@ class AblationConfig:
 
 
 @dataclass(frozen=True)
-class ClusterConfig:
-    """Resources of a SLURM job.
-
-    Args:
-        gpus: GPUs per run
-        hours: time limit of the job, which is requeued when it is reached
-        cpus_per_gpu: CPU cores per GPU
-        memory_gb: main memory per run
-        partition: partition of the cluster; null: its default
-    """
-
-    gpus: int = within("[0, inf)", 1)
-    hours: float = within("(0, inf)", 12.0)
-    cpus_per_gpu: int = within("[1, inf)", 8)
-    memory_gb: int = within("[1, inf)", 64)
-    partition: str | None = None
-
-
-@dataclass(frozen=True)
 class Run:
     """A variant under one training seed."""
 
@@ -169,10 +152,8 @@ def expand_runs(ablation: AblationConfig, name: str) -> list[Run]:
         folder = re.sub(r"[^\w.=+-]+", "-", title).strip("-.")
         for seed in seeds:
             identity = {"name": f"{name}/{folder}/seed{seed}", "train.seed": seed}
-            try:
+            with naming_variant(title):
                 config = parse_mapping(ExperimentConfig, deep_merge(base, {**settings, **point, **identity}))
-            except ValueError as error:
-                raise ValueError(f"variant {title}: {error}") from error
             run = Run(title, seed, config, {"variant": variant, **point})
             if run.folder in runs:
                 raise ValueError(f"variants {runs[run.folder].name} and {run.name} are of one name; rename one")
@@ -188,12 +169,19 @@ def check_inputs_of(runs: list[Run], *, scores: bool) -> None:
     """Raise ValueError, naming the variant, if a setting names a file or folder that does not exist; those of the
     section `evaluation`, which trainings need for scores alone, only with `scores`."""
     for run in runs:
-        try:
+        with naming_variant(run.variant):
             check_inputs(run.config)
             if scores:
                 check_inputs(run.config.evaluation, "--evaluation.")
-        except ValueError as error:
-            raise ValueError(f"variant {run.variant}: {error}") from error
+
+
+@contextmanager
+def naming_variant(name: str) -> Iterator[None]:
+    """Prefix errors with the name of a variant."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"variant {name}: {error}") from error
 
 
 def classes_to_draw(chosen: list[str], classes: list[str]) -> list[str]:

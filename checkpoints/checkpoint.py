@@ -202,11 +202,8 @@ def warm_start(
     }
     reasons = "; ".join(f"{reason}: {join_abridged(sorted(names))}" for reason, names in left_out.items() if names)
     report = f"took {len(matching)} of {len(weights)} tensors{f' ({reasons})' if reasons else ''}"
-    report += (
-        f"; {len({*classes} & {*known})} of {len(classes)} classes keep their label embeddings"
-        if classes_differ
-        else ""
-    )
+    if classes_differ:
+        report += f"; {len({*classes} & {*known})} of {len(classes)} classes keep their label embeddings"
     if codec and "config" in metadata:
         try:
             check_identity(file, {"codec": codec.provenance}, any_decoder=True)

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from tqdm import tqdm
 
@@ -218,15 +218,7 @@ def fingerprint(folder: Path, names: Sequence[str], of: str = "") -> str | None:
     return digest.hexdigest() if newest < time.time_ns() - SETTLED else None
 
 
-@runtime_checkable
-class Hashed(Protocol):
-    """Files whose state and content can be identified: `Folder`, `Zip`, `Tars` and `data.parquet.Parquets`."""
-
-    def stamp(self, names: Sequence[str]) -> str | None: ...
-    def checksum(self, name: str) -> tuple[int, int]: ...
-
-
-def content_hash(files: Hashed, names: Sequence[str]) -> str:
+def content_hash(files: Any, names: Sequence[str]) -> str:
     """Hash the content of files; the result is the same for a folder and a zip of it. If all can be read, it is kept
     (`remember`) as long as no file or shard changes its size or times."""
 

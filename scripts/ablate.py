@@ -14,10 +14,11 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from ablation.study import AblationConfig, ClusterConfig, check_inputs_of, expand_runs, read_ablation
+from ablation.study import AblationConfig, check_inputs_of, expand_runs, read_ablation
 from experiment.cli import run_main
 from machine.atomic_files import join_inside
 from machine.children import EXIT_CODE
+from machine.cluster import ClusterConfig
 from machine.stopping import without_garbage_collection
 from settings import reads, within
 

@@ -18,7 +18,7 @@ from experiment.cli import parse_run, run_main
 from experiment.config import ExperimentConfig
 from machine import children
 from machine.children import EXIT_CODE, STOPPED
-from machine.cluster import ROOT, open_executor, requeue
+from machine.cluster import ROOT, ClusterConfig, open_executor, requeue
 from settings import reads, within
 
 
@@ -59,18 +59,13 @@ class Training:
         return requeue(Training(self.arguments, self.run, self.gpus, self.here))
 
 
-@dataclass(frozen=True)
-class LaunchConfig:
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig(ClusterConfig):
     """Submit one training.
 
     Args:
         experiment: YAML file of the training
         overrides: further flags of train.py, such as '[--train.seed, "1"]'
-        gpus: number of GPUs, on one node
-        hours: time limit, after which the job is requeued
-        cpus_per_gpu: cores per GPU
-        memory_gb: main memory of the job
-        partition: partition of the cluster
         cluster: 'slurm', or 'local' for a process on this machine
         logs: folder for the job's output
         wait: wait until the job has ended
@@ -79,10 +74,6 @@ class LaunchConfig:
     experiment: Path = reads("file")
     overrides: list[str] = field(default_factory=list)
     gpus: int = within("[1, inf)", 1)
-    hours: float = within("(0, inf)", 12.0)
-    cpus_per_gpu: int = within("[1, inf)", 8)
-    memory_gb: int = within("[1, inf)", 64)
-    partition: str | None = None
     cluster: Literal["slurm", "local"] = "slurm"
     logs: Path = Path("runs/slurm")
     wait: bool = False
@@ -97,8 +88,7 @@ def main(config: LaunchConfig) -> None:
     """Validate the configuration, as train.py would, and submit the job."""
     arguments = ["--config", str(config.experiment), *config.overrides]
     run, here = parse_run(ExperimentConfig, arguments).folder, config.cluster == "local"
-    resources = {name: getattr(config, name) for name in ("gpus", "hours", "cpus_per_gpu", "memory_gb", "partition")}
-    executor = open_executor(config.cluster, config.logs, name=config.experiment.stem, **resources)
+    executor = open_executor(config.cluster, config.logs, config, name=config.experiment.stem)
     with children.ignoring_signal(signal.SIGINT):  # as this process forwards Ctrl-C itself
         job = executor.submit(Training(arguments, run, config.gpus, here))
     print(f"job {job.job_id}; its output: {job.paths.stdout}", flush=True)

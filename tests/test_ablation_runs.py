@@ -20,11 +20,12 @@ from ablation import identity, runner
 from ablation.identity import done_stages, is_scored, mark_done
 from ablation.plan import make_plan, refuse_changed
 from ablation.runner import Runner, group_into_jobs, last_line, submit
-from ablation.study import ClusterConfig, ScoringConfig, deep_merge
+from ablation.study import ScoringConfig, deep_merge
 from checkpoints.checkpoint import WEIGHTS, make_metadata, save_tensors
 from experiment.cli import parse, parse_mapping
 from experiment.config import ExperimentConfig
 from machine.accelerator import open_accelerator
+from machine.cluster import ClusterConfig
 from machine.lock import Lock
 
 pytestmark = pytest.mark.usefixtures("here")
