@@ -209,21 +209,9 @@ def plan_run(run: Run, ablation: AblationConfig, measurements: Measurements, *, 
     if not ablation.pictures.num_per_class:
         del keys["draw"]
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()}
-    return PlannedRun(
-        run=run,
-        ablation=ablation,
-        spec=spec,
-        sampling=sampling,
-        classes=list(images.classes),
-        num_steps=num_training_steps(config.train, len(images)),
-        num_held_out=len(held_out),
-        identity=identity,
-        cost=cost,
-        trained_in=run.folder,
-        scores_baselines=scores_baselines,
-        keys=keys,
-        warnings=tuple(f"variant {run.variant}: {warning}" for warning in warnings),
-    )
+    data = list(images.classes), num_training_steps(config.train, len(images)), len(held_out), identity
+    named = tuple(f"variant {run.variant}: {warning}" for warning in warnings)
+    return PlannedRun(run, ablation, spec, sampling, *data, cost, run.folder, scores_baselines, keys, warnings=named)
 
 
 def match_costs(plan: list[PlannedRun], measurements: Measurements) -> list[PlannedRun]:

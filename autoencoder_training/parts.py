@@ -52,16 +52,5 @@ def build_parts(run: Run[AutoencodingConfig]) -> Parts:
             "--discriminator.weight 0"
         )
     prepared, prepared_critic = accelerator.prepare(model, critic)
-    return Parts(
-        batches=batches,
-        held_out=held_out,
-        objective=objective,
-        model=model,
-        prepared=prepared,
-        optimizers=optimizers,
-        ema=ema,
-        critic=critic,
-        prepared_critic=prepared_critic,
-        critic_optimizer=critic_optimizer,
-        start=start,
-    )
+    trained, trained_critic = (model, prepared, optimizers, ema), (critic, prepared_critic, critic_optimizer)
+    return Parts(batches, held_out, objective, *trained, *trained_critic, start)

@@ -85,13 +85,8 @@ def guide(
     return guided
 
 
-OF_TWO_OUTPUTS = (
-    "guidance_interval",
-    "guidance_rescale",
-    "guidance_parallel",
-    "guidance_radius",
-    "legacy_cfg_channels",
-)
+OF_TWO_OUTPUTS = ("guidance_interval", "guidance_rescale", "guidance_parallel", "guidance_radius")
+OF_TWO_OUTPUTS += ("legacy_cfg_channels",)
 
 
 def check_guidance_input(options: SamplingOptions, largest: float, *, has_guide: bool) -> None:

@@ -16,16 +16,8 @@ SAME = {
     "extractor_sha256": "extractor",
     "settings": "settings of metrics",
 }
-SWEEPABLE = (
-    "sampler",
-    "spacing",
-    "num_steps",
-    "model_calls",
-    "network_evaluations",
-    "guidance_scale",
-    "guidance_interval",
-    "guidance_rescale",
-)
+SWEEPABLE = ("sampler", "spacing", "num_steps", "model_calls", "network_evaluations")
+SWEEPABLE += ("guidance_scale", "guidance_interval", "guidance_rescale")
 # Without these, too, scores do not compare; those that differ within an evaluation are lines of a figure.
 STATED = ("sampler_args", "guidance_parallel", "guidance_radius", "guidance_checkpoint", "guide_sha256")
 STATED += ("guidance_unlabelled", "legacy_cfg_channels", "clip", "autoencoder", "labels", "precision", "step")

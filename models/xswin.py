@@ -315,13 +315,9 @@ class XSwin(Backbone):
 
 def check_unconditional(num_classes: int, *, second_time: bool, augment_dim: int, guidance_input: bool) -> None:
     """Raise `ValueError` if a backbone without conditioning is given something to condition on."""
-    if num_classes:
-        raise ValueError("conditioning=none leaves labels no place: --data.use_labels false, or another one")
-    if second_time:
-        raise ValueError("conditioning=none leaves times no place, and --diffusion.kind tells two: take another")
-    if guidance_input:
-        raise ValueError(
-            "conditioning=none leaves a guidance scale no place: --diffusion.guidance_max null, or another one"
-        )
-    if augment_dim:
-        raise ValueError("conditioning=none leaves changes of images no place: --train.augment 0, or another one")
+    inputs = {"labels no place: --data.use_labels false": num_classes}
+    inputs |= {"a second time no place: --diffusion.kind flow": second_time}
+    inputs |= {"a guidance scale no place: --diffusion.guidance_max null": guidance_input}
+    inputs |= {"changes of images no place: --train.augment 0": augment_dim}
+    for problem in filter(inputs.get, inputs):
+        raise ValueError(f"conditioning=none leaves {problem}, or another one")

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.layers import Cond, Grid, Images
-from models.layers.modulation import Injection
+from models.layers.modulation import Injection, PassThrough
 from models.layers.style import BlockStyle
 
 
@@ -79,15 +79,12 @@ class ConvStem(nn.Module):
         return x
 
 
-class NoStem(nn.Module):
+class NoStem(PassThrough):
     """Returns the image unchanged, in the place of a stem."""
 
-    def __init__(self, in_channels: int, dim: int, injection: Injection, norm: str) -> None:
+    def __init__(self, in_channels: int, *_: object) -> None:
         super().__init__()
         self.out_channels = in_channels
-
-    def forward(self, x: Images, cond: Cond) -> Images:
-        return x
 
 
 STEMS = {"convolutions": ConvStem, "none": NoStem}

@@ -338,24 +338,14 @@ class CrossAttentionSkip(nn.Module):
 
 
 class ConcatSkip(nn.Module):
-    """Returns the encoder's output unchanged, to be concatenated (Ronneberger et al. 2015)."""
+    """Returns `dim` channels of the encoder's output, to be concatenated: all (Ronneberger et al. 2015), or none."""
 
-    def __init__(self, dim: int, num_heads: int, injection: Injection, style: BlockStyle, window_size: int) -> None:
+    def __init__(self, dim: int, *_: object) -> None:
         super().__init__()
         self.dim = dim
 
-    def forward(self, x: Grid, skip: Grid, cond: Cond) -> Grid:
-        return skip
-
-
-class NoSkip(ConcatSkip):
-    """Returns a tensor of width 0: the decoder sees nothing of the encoder's stages."""
-
-    def __init__(self, dim: int, num_heads: int, injection: Injection, style: BlockStyle, window_size: int) -> None:
-        super().__init__(0, num_heads, injection, style, window_size)
-
-    def forward(self, x: Grid, skip: Grid, cond: Cond) -> Float[Tensor, "b h w 0"]:
-        return skip[..., :0]
+    def forward(self, x: Grid, skip: Grid, cond: Cond) -> Float[Tensor, "b h w channels"]:
+        return skip[..., : self.dim]
 
 
 SKIPS: dict[str, Callable[[int, int, Injection, BlockStyle, int], nn.Module]] = {
@@ -364,5 +354,5 @@ SKIPS: dict[str, Callable[[int, int, Injection, BlockStyle, int], nn.Module]] = 
         dim, heads, injection, style, window_size=None
     ),
     "concat": ConcatSkip,
-    "none": NoSkip,
+    "none": lambda *_: ConcatSkip(0),
 }
