@@ -1,4 +1,4 @@
-"""The report of an ablation: its statistics, its tables, and the page as a browser shows it."""
+"""The report of an ablation: its statistics, its tables and its figures."""
 
 import csv
 import io
@@ -10,98 +10,23 @@ from statistics import fmean, stdev
 
 import numpy as np
 import pytest
-from browser import WIDTHS, needs_chromium, page_of
+from finished_ablation import SEEDS, TRIALS, VARIANTS, finished_ablation, score
 from PIL import Image
 from processes import run
 from scipy import stats
 
 from ablation.figures import _panels_by_setting
 from ablation.pictures import Pictures, read_pictures, save_side_by_side, side_by_side
-from ablation.report import format_facts, format_findings, format_notes, write_report
+from ablation.report import format_facts, format_findings, format_notes
 from ablation.results import holm, mean_and_interval, read_results
 from ablation.tables import as_markdown, as_tex, check_columns, cross_tabulate, header_cells, variant_cells
 from evaluation.plots import color, legend_columns, make_figure, marker
 from evaluation.table import markdown, terminal
 
-CLASSES = ["stop_sign", "butterfly", "sunflower", "soccer_ball"]
-VARIANTS = {"DiT": 0.0, "UViT": -6.0, "USwin": -7.0, "XSwin with a long name": -9.0}  # and what it gains
-METRICS = {
-    "frechet_distance[colors]": (60, 1),
-    "precision": (0.4, -0.01),
-    "spatial_frechet_distance[colors]": (None, 0),
-}
-SEEDS, TRIALS = (0, 1, 2), 2
-
-
-def score(value):
-    return {"value": value, "std": None, "reason": None if value is not None else "Inception has it"}
-
 
 @pytest.fixture(scope="module")
 def ablation(tmp_path_factory):
-    """Finished runs of four variants under three seeds, and one that is not finished."""
-    folder = tmp_path_factory.mktemp("work") / "runs" / "fake"
-    rng = np.random.default_rng(0)
-    runs = []
-    for place, (variant, gain) in enumerate(VARIANTS.items()):
-        for seed in SEEDS:
-            path = folder / str(place) / f"seed{seed}"
-            path.mkdir(parents=True)
-            run = {
-                "variant": variant,
-                "seed": seed,
-                "folder": str(path),
-                "trained_in": str(path),
-                "keys": {"score": "k", "draw": "k"},
-            }
-            run |= {"parameters": 10**6 * (place + 1), "gflops": 0.3 + place, "num_steps": 200, "batch_size": 8}
-            runs.append({**run, "model": variant, "model_args": {}, "classes": CLASSES})
-            if (variant, seed) == ("UViT", 2):
-                continue
-            trials = [
-                {
-                    name: score(None if base is None else base + gain * sign + rng.normal() * 0.01 * base)
-                    for name, (base, sign) in METRICS.items()
-                }
-                for _ in range(TRIALS)
-            ]
-            rows = [{"name": variant, "scores": trials[0], "trials": trials}]
-            if not place and not seed:
-                ceiling, floor = ({"precision": score(value)} for value in (0.7, 0.9))
-                rows.append({"name": "training images", "scores": floor, "trials": []})
-                rows.append({"name": "reconstructions", "scores": ceiling, "trials": []})
-            samples = {"sampler": "ddim", "num_steps": 9, "guidance_scale": 2.0, "labels": "balanced", "seed": 0}
-            record = {
-                "rows": rows,
-                "num_samples": 10,
-                "num_reference": 10,
-                "extractor": "colors",
-                "extractor_sha256": "0" * 64,
-            }
-            record |= {
-                "samples": {**samples, "trained_at_commit": "abc"},
-                "reference": {"source": "shapes", "split": "test"},
-            }
-            record |= {
-                "versions": {"torch": "2"},
-                "per_class": {name: score(50 + gain + rng.normal()) for name in CLASSES},
-            }
-            (path / "scores.json").write_text(json.dumps(record))
-            (path / "stages.json").write_text(json.dumps({"score": "k", "draw": "k"}))
-            loss = [1 / (1 + step / 20) + gain / 100 + rng.normal() * 0.03 for step in range(200)]
-            events = [
-                {"step": s, "loss": v, "images_per_second": 50.0 + place, "memory_gb": 2.0} for s, v in enumerate(loss)
-            ]
-            events += [
-                {"step": s, "frechet_distance[colors]": 80 - s / 10, "validation_loss": 1 - s / 300} for s in (100, 200)
-            ]
-            (path / "log.jsonl").write_text("\n".join(map(json.dumps, events)))
-            np.savez(path / "pictures.npz", arr_0=rng.integers(0, 256, (4 * len(CLASSES), 32, 32, 3), dtype=np.uint8))
-    about = {"title": "A <fake> ablation", "description": "Four variants & three seeds.", "baseline": "DiT"}
-    plan = {"ablation": {**about, "pictures": {"classes": [], "num_per_class": 4}}, "runs": runs}
-    (folder / "plan.json").write_text(json.dumps(plan))
-    write_report(folder)
-    return folder
+    return finished_ablation(tmp_path_factory.mktemp("work"))
 
 
 def test_each_autoencoder_has_its_own_ceiling(ablation):
@@ -353,15 +278,6 @@ def test_models_with_long_names_are_rows_and_others_columns(tmp_path, name, rows
         assert picture.height == 36 + 80 * rows
 
 
-def test_the_page_needs_nothing_but_itself(ablation):
-    html = (ablation / "report.html").read_text()
-    assert "A &lt;fake&gt; ablation" in html
-    assert not re.search(r'(?:src|href)="(?!data:|#)', html)
-    assert "url(http" not in html
-    assert html.count("<svg") == 5
-    assert '<div class="scroll" tabindex="0">' in html  # a keyboard reaches what lies beyond its edge
-
-
 def test_scores_against_different_references_are_told_apart(ablation):
     results = read_results(ablation)
     assert not any("different references" in note for note in format_notes(results))
@@ -383,51 +299,3 @@ def test_a_report_without_finished_runs_is_refused_in_one_line(tmp_path):
     (tmp_path / "runs" / "empty" / "plan.json").write_text(json.dumps(plan))
     with pytest.raises(ValueError, match="no run is finished, there is nothing to report yet \\(1 to go\\)"):
         read_results(tmp_path / "runs" / "empty")
-
-
-PROBE = """
-<script>
-const overlap = ([, a], [, b]) =>
-  a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 1 && b.top < a.bottom - 1;
-const box = e => [`${e.tagName} ${e.textContent.slice(0, 20)}`, e.getBoundingClientRect()];
-const pairs = boxes => boxes.flatMap((a, i) =>
-  boxes.slice(i + 1).filter(b => overlap(a, b)).map(b => `${a[0]} | ${b[0]}`));
-const all = selector => [...document.querySelectorAll(selector)];
-const parts = "h1, h2, h3, p, .scroll, figure > svg, figcaption, .beside > *, .strip > *, dt, dd";
-const overlaps = pairs(all(parts).filter(e => e.textContent || e.src).map(box));
-for (const svg of all("figure > svg")) overlaps.push(...pairs([...svg.querySelectorAll("text")].map(box)));
-const press = n => {
-  document.querySelectorAll("th button")[n].click();
-  return all("tbody.models tr").map(row => row.cells[0].textContent.trim());
-};
-const edges = row => [...row.cells].map(cell => Math.round(cell.getBoundingClientRect().right)).join();
-const found = {
-  columns: new Set(all("tr").map(edges)).size,
-  overlaps, width: innerWidth, content: document.documentElement.scrollWidth,
-  images: document.images.length,
-  broken: all("img").filter(e => !e.complete || !e.naturalWidth).length,
-  clipped: all(".beside > .name, .strip > span").filter(e => e.scrollWidth > e.clientWidth + 1).length,
-  rising: press(5), falling: press(5), names: press(0),
-};
-document.body.innerHTML = "<pre id=found hidden>" + JSON.stringify(found) + "</pre>";
-</script>
-</body>"""
-
-
-@needs_chromium
-@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
-def test_a_browser_shows_the_page_whole(ablation, browser, tmp_path, width):
-    (tmp_path / "page.html").write_text((ablation / "report.html").read_text().replace("</body>", PROBE))
-    with page_of(browser, (tmp_path / "page.html").as_uri(), width) as page:
-        found = json.loads(page.locator("#found").text_content() or "")
-    assert found["width"] == width
-    assert found["content"] <= width
-    assert found["overlaps"] == []
-    assert found["clipped"] == 0
-    assert found["columns"] == 1  # the cells of all rows end where those of the head do
-    assert (found["images"], found["broken"]) == (2 * len(VARIANTS) * len(CLASSES), 0)
-    mean = {name: row[5].value for name, row in zip(VARIANTS, variant_cells(read_results(ablation)), strict=True)}
-    by_score = sorted(VARIANTS, key=lambda name: mean[name])
-    assert found["rising"] == by_score
-    assert found["falling"] == by_score[::-1]
-    assert found["names"] == sorted(VARIANTS)

@@ -8,63 +8,27 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from saved_checkpoints import SPEC, objects, save, save_trained, state, train_a_step
 
 from checkpoints.averages import EMA
-from checkpoints.checkpoint import make_metadata, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
-from checkpoints.training_state import TrainingState, copy_checkpoint, resume
-from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, OptimConfig
+from checkpoints.checkpoint import open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
+from checkpoints.training_state import resume
+from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig
 from machine.checkpoint_folder import (
     CheckpointError,
-    checkpoint_path,
     checkpoint_to_resume,
     list_checkpoints,
     mark_best,
     newest_intact,
-    rotate,
 )
 from models import ModelSpec
 from training.guard import Guard
 from training.inspection import open_best
-from training.optimizer import build_optimizer
-
-SPEC = ModelSpec("DiT", {"dim": 16, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3)
-
-
-def objects(spec=SPEC):
-    torch.manual_seed(0)
-    model = spec.build()
-    return model, EMA(model, 0.9), build_optimizer(model, OptimConfig())
-
-
-def train_a_step(model, ema, optimizer):
-    output = model(torch.randn(2, 4, 4, 4), torch.tensor([1, 2]), torch.tensor([0, 3]))
-    (output - 1).square().mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    ema.update(model, 0)
-
-
-IDENTITY = {"codec": {"sha256": "c"}, "train": {"source": "a.zip", "split": "train-1"}, "test": {"split": "test-1"}}
-
-
-def state(model, ema, optimizer, **others):
-    return TrainingState({"model": model}, {"optimizer": optimizer}, ema, others)
-
-
-def save(folder, step, *trained, keep=2, keep_every=0):
-    metadata = make_metadata(ExperimentConfig(), step, IDENTITY, spec=SPEC, classes=["a", "b", "c"])
-    training = state(*trained, **{"guard.model": Guard(skipped=3)})
-    copy_checkpoint(folder, step, training, metadata, training.progress())()
-    rotate(folder, keep=keep, keep_every=keep_every)
-    return checkpoint_path(folder, step)
 
 
 @pytest.fixture
 def saved(tmp_path):
-    trained = objects()
-    train_a_step(*trained)
-    return save(tmp_path / "run" / "checkpoints", 1, *trained), trained
+    return save_trained(tmp_path)
 
 
 def test_weights_file_alone_brings_the_model_back(saved, tmp_path):
@@ -268,111 +232,6 @@ def test_checkpoints_are_ordered_by_number(tmp_path):
     for name in ("100000000", "99999999"):
         (tmp_path / name).mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["99999999", "100000000"]
-
-
-def flipped(path, where):
-    """Change one byte of the first tensor, or of the classes in the metadata."""
-    content = bytearray(path.read_bytes())
-    start = content.index(b'"classes":"[') + 14 if where == "metadata" else 8 + int.from_bytes(content[:8], "little")
-    content[start] ^= 1
-    path.unlink()  # of snapshots there is a second name
-    path.write_bytes(content)
-    return path
-
-
-@pytest.mark.parametrize("where", ["weights", "metadata"])
-@pytest.mark.parametrize(
-    "read",
-    [
-        lambda path: open_checkpoint(path).load_model(),
-        lambda path: open_checkpoint(shutil.copy(path, path.parent / "lone.safetensors")).load_model(),
-        lambda path: warm_start(objects()[0], str(path)),
-        lambda path: resume(path.parent, state(*objects())),
-        read_tensors,
-    ],
-)
-def test_every_reader_finds_a_flipped_bit(saved, where, read):
-    folder, _ = saved
-    with pytest.raises(CheckpointError, match=rf"its {where} have another checksum"):
-        read(flipped(folder / "ema.safetensors", where))
-
-
-def test_checkpoints_from_before_they_had_checksums_still_load(saved):
-    folder, (_, ema, _) = saved
-    path = folder / "ema.safetensors"
-    names = ("config", "spec", "classes", "step", "commit")
-    save_file(read_tensors(path), path, metadata={name: read_metadata(path)[name] for name in names})
-    checkpoint = open_checkpoint(path)
-    assert torch.equal(checkpoint.load_model().patch.weight, ema.model.patch.weight)
-    checkpoint.check_identity(train={"split": "any", "classes": ["a", "b", "c"]})
-    with pytest.raises(CheckpointError, match=r"--data.path: .* another train, whose classes was"):
-        checkpoint.check_identity(train={"classes": ["a", "b", "z"]})
-
-
-@pytest.mark.parametrize(
-    ("part", "other", "flag"),
-    [("codec", {"sha256": "d"}, "--autoencoder"), ("test", {"split": "test-2"}, "--data.path")],
-)
-def test_other_data_and_autoencoders_are_told_by_their_content(saved, part, other, flag):
-    checkpoint = open_checkpoint(saved[0])
-    checkpoint.check_identity(**IDENTITY | {"train": {"source": "moved.zip", "split": "train-1"}})
-    with pytest.raises(CheckpointError, match=f"{flag}: .* was trained with another {part}, whose"):
-        checkpoint.check_identity(**{part: other})
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [{"spec": "{}"}, {"spec": "[]"}, {"classes": "{"}, {"classes": '["a"]'}, {"step": "one"}, {"config": '{"x": 1}'}],
-)
-def test_malformed_metadata_are_told(saved, metadata):
-    path = saved[0] / "ema.safetensors"
-    save_tensors(read_tensors(path), path, read_metadata(path) | metadata)
-    with pytest.raises(CheckpointError, match="its metadata are malformed"):
-        open_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda folder: folder / "nowhere", "does not exist; give a run's folder"),
-        (lambda folder: folder, "holds no checkpoint"),
-        (lambda folder: _foreign(folder), "not written by train.py"),
-        (lambda folder: _text(folder), "cut short or not a safetensors file"),
-    ],
-)
-def test_what_is_no_checkpoint_is_told(tmp_path, make, message):
-    with pytest.raises(CheckpointError, match=message):
-        open_checkpoint(make(tmp_path))
-
-
-def _foreign(folder):
-    save_file({"weight": torch.zeros(2)}, folder / "foreign.safetensors")
-    return folder / "foreign.safetensors"
-
-
-def _text(folder):
-    (folder / "text.safetensors").write_text("not tensors at all")
-    return folder / "text.safetensors"
-
-
-def test_checkpoint_cut_short_is_told(saved):
-    folder, _ = saved
-    weights = folder / "ema.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cut short"):
-        open_checkpoint(folder)
-
-
-def test_checkpoint_of_another_model_is_told(saved):
-    folder, _ = saved
-    other = objects(ModelSpec("DiT", {"dim": 32, "depth": 2, "num_heads": 2}, (4, 4), 4, 8, 3))
-    with pytest.raises(CheckpointError, match=r"is of another model: \d+ tensors"):
-        resume(folder, state(*other))
-
-
-def test_nothing_to_resume(tmp_path):
-    with pytest.raises(CheckpointError, match=r"--resume .*: nothing to resume, .* holds no whole checkpoint"):
-        checkpoint_to_resume(tmp_path)
 
 
 def test_the_best_is_the_lowest_or_the_highest_as_the_metric_has_it():
