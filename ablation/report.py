@@ -91,9 +91,7 @@ def format_notes(results: Results) -> list[str]:
         listed = "; ".join(f"{num}, labels {labels}, {precision}" for num, labels, precision in kinds)
         notes.append(f"The runs were scored by different samples ({listed}): only scores of the same can be compared.")
     if len({str(run.plan.get("loss_of")) for run in results.runs}) > 1:
-        notes.append(
-            "Losses are of different objectives, or in different latents: only those of the same can be compared."
-        )
+        notes.append("Losses are of different objectives, or in other latents: only those of the same can be compared.")
     if extractor != "inception":
         notes.append(f"Features of {extractor}: distances compare these runs with each other, and are not FID.")
     return notes

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from autoencoder_training.autoencoder_config import ArchitectureConfig, AutoencoderOptimConfig, AutoencodingConfig
 from autoencoders.codec import LatentCodec
+from autoencoders.pretrained import sample_latents
 from checkpoints.checkpoint import WEIGHTS, read_metadata
 from machine.atomic_files import atomic_path, unused_path
 from training.muon import Muon
@@ -128,17 +129,10 @@ def create_autoencoder(config: ArchitectureConfig, image_size: int) -> Any:
     return autoencoder.train()
 
 
-@torch.inference_mode()
 def measure_latents(autoencoder: Any, images: UInt8[Tensor, "n 3 h w"]) -> tuple[float, float]:
     """Return the scale and shift that give posterior samples of these images unit variance and zero mean."""
-    generator = torch.Generator().manual_seed(0)
-    latents = []
-    for batch in images.split(64):
-        posterior = autoencoder.encode(batch.to(autoencoder.device).float() / 127.5 - 1).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(autoencoder.device)
-        latents.append(posterior.mean + posterior.std * noise)
-    samples = torch.cat(latents)
-    return 1 / samples.std().item(), samples.mean().item()
+    std, mean = torch.std_mean(sample_latents(autoencoder, images.float() / 127.5 - 1))
+    return 1 / std.item(), mean.item()
 
 
 def export_autoencoder(

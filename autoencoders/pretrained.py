@@ -102,12 +102,16 @@ def quiet_logger(name: str) -> Iterator[None]:
 
 
 @torch.inference_mode()
+def sample_latents(autoencoder: Any, images: Float[Tensor, "n 3 H W"]) -> Float[Tensor, "n c h w"]:
+    """Encode images in [-1, 1]; where there is a posterior, the latents are samples of it, always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    encoded = [autoencoder.encode(batch.to(autoencoder.device)) for batch in images.split(64)]
+    return torch.cat([e.latent_dist.sample(generator) if hasattr(e, "latent_dist") else e.latents for e in encoded])
+
+
 def with_statistics(autoencoder: Any, images: Float[Tensor, "n 3 H W"]) -> Any:
     """Measure mean and standard deviation of each latent channel on `images`, and set them in the configuration."""
-    generator = torch.Generator().manual_seed(0)
-    encoded = [autoencoder.encode(batch) for batch in images.split(64)]
-    latents = [e.latent_dist.sample(generator) if hasattr(e, "latent_dist") else e.latents for e in encoded]
-    std, mean = torch.std_mean(torch.cat(latents), dim=(0, 2, 3))
+    std, mean = torch.std_mean(sample_latents(autoencoder, images), dim=(0, 2, 3))
     if dead := (std == 0).nonzero().flatten().tolist():
         raise ValueError(f"--data.path: latent channels {dead} are the same in all of these images; give other ones")
     autoencoder.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())

@@ -47,9 +47,7 @@ class Average:
         """Start the averages of a model that has been sharded, if it has, from its shards."""
         for average in (self, *self.profiles.values()) if is_sharded(model) else ():
             values = {name: value.detach().clone() for name, value in model.state_dict().items()}
-            average.tensors = {
-                name: value.float() if value.is_floating_point() else value for name, value in values.items()
-            }
+            average.tensors = {name: v.float() if v.is_floating_point() else v for name, v in values.items()}
             average._is_sharded, average._groups = True, None
             average.free_whole_model()
             average._model.to(next(iter(values.values())).device)

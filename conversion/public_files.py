@@ -45,9 +45,7 @@ FILES = {
     "imagenet512_uvit_large.pth": PublicFile("uvit", f"{DRIVE}/1mkj4aN2utHMBTWQX9l1nYue9vleL7ZSB", UVIT, 512),
     "imagenet512_uvit_huge.pth": PublicFile("uvit", f"{DRIVE}/1uegr2o7cuKXtf2akWGAN2Vnlrtw5YKQq", f"{UVIT}-XL/4", 512),
 }
-VA_VAE = (
-    "vavae-imagenet256-f16d32-dinov2"  # hustvl/LightningDiT, README.md: the autoencoder, and its latents' statistics
-)
+VA_VAE = "vavae-imagenet256-f16d32-dinov2"  # hustvl/LightningDiT, README.md, with its latents' statistics
 
 
 def is_public(name: str) -> bool:

@@ -116,9 +116,7 @@ def _scored(record: Any) -> dict[str, set[str]]:
 
 
 REFERENCE = ("source", "source_hash", "split", "image_size", "transparency")  # entries that identify a reference
-NO_SETTING = re.compile(
-    "num_images|num_different|network_evaluations|.* img/s"
-)  # entries of samples that follow from others
+NO_SETTING = re.compile("num_images|num_different|network_evaluations|.* img/s")  # entries that follow from others
 
 
 def _strict(value: Any) -> Any:

@@ -63,11 +63,8 @@ def class_agreement(samples: Labelled, reference: Labelled) -> dict[str, Score]:
     correct = guesses == samples.labels[:, None]
     sample_probe = fit_probe(samples.features, samples.labels, num_classes)
     cas = sample_probe(reference.features).argmax(dim=1) == reference.labels
-    return {
-        "agreement": _accuracy(correct[:, 0]),
-        "agreement_top5": _accuracy(correct.any(dim=1)),
-        "cas": _accuracy(cas),
-    }
+    top_1, top_5 = correct[:, 0], correct.any(dim=1)
+    return {"agreement": _accuracy(top_1), "agreement_top5": _accuracy(top_5), "cas": _accuracy(cas)}
 
 
 def _accuracy(correct: Tensor) -> Score:

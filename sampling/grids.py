@@ -79,7 +79,8 @@ def draw_grid(
         draw.text((column * step_x + 4, 2), name, fill="black", font=SMALL)
     for index, image in enumerate(images):
         left, top = GAP + index % columns * step_x, GAP + header + index // columns * step_y
-        canvas.paste(_to_pil(image).resize((width, height), Image.Resampling.NEAREST), (left, top))
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        canvas.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
         if captions:
             draw.text((left, top + height), _shorten(captions[index], width), fill="black", font=SMALL)
     return canvas
@@ -122,10 +123,6 @@ def display_name(name: str) -> str:
 
 def label_width(name: str) -> float:
     return LARGE.getlength(display_name(name))
-
-
-def _to_pil(image: UInt8[Tensor, "3 h w"]) -> Image.Image:
-    return Image.fromarray(image.permute(1, 2, 0).numpy())
 
 
 def _shorten(text: str, width: int) -> str:

@@ -55,13 +55,8 @@ class CascadeObjective(Objective):
 
     def __call__(self, model: nn.Module, batch: Batch, phase: Phase | None = None) -> dict[str, Float[Tensor, " b"]]:
         options = {} if phase is None else self.diffusion.phase_loss_args(phase.number, phase.progress)
-        options |= {
-            "t": batch.t,
-            "noise": batch.noise,
-            "draws": batch.loss_args,
-            "auxiliary": self.auxiliary_terms(phase),
-        }
-        return self.diffusion.training_loss(model, batch.x_0, batch.y, **options)
+        options |= {"draws": batch.loss_args, "auxiliary": self.auxiliary_terms(phase)}
+        return self.diffusion.training_loss(model, batch.x_0, batch.y, t=batch.t, noise=batch.noise, **options)
 
 
 class Cascade(Diffusion):
