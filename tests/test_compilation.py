@@ -108,7 +108,7 @@ def test_the_flag_compiles_the_model_and_its_guide_and_is_recorded(folder):
         assert "compiled" not in str(theirs.info)
 
 
-def test_what_cannot_be_compiled_is_refused_in_a_sentence(folder, monkeypatch):
+def test_what_cannot_be_compiled_is_refused_in_a_sentence(folder):
     done = run("sample.py", "--checkpoint", "runs/tiny", "--compile", "graphs", cwd=folder, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith(
@@ -119,11 +119,16 @@ def test_what_cannot_be_compiled_is_refused_in_a_sentence(folder, monkeypatch):
     evaluate = script("evaluate.py")
     with pytest.raises(ValueError, match=r"--compile blocks: images\.npz is a fixed set of images"):
         evaluate.check(evaluate.EvaluateConfig(samples="images.npz", compile="blocks"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
     model = create_model(
         "DiT", input_size=4, in_channels=3, out_channels=3, num_classes=2, dim=16, depth=1, num_heads=2
     )
-    with pytest.raises(ValueError, match=r"--train\.compile: torch finds no C\+\+ compiler; install g\+\+"):
+    no_compiler = torch._inductor.config.patch(
+        {"cpp.cxx": (None, "no-such-compiler")}
+    )  # monkeypatch would hide it after
+    with (
+        no_compiler,
+        pytest.raises(ValueError, match=r"--train\.compile: torch finds no C\+\+ compiler; install g\+\+"),
+    ):
         compile_blocks(model, flag="--train.compile")
 
 

@@ -31,7 +31,7 @@ def test_pictures_that_cannot_be_drawn_are_reported(tmp_path, capsys):
     draw_curve(run)
     assert (run / "loss.png").is_file()
     assert capsys.readouterr().out == ""
-    (run / "log.jsonl").write_text("broken\n")
+    (run / "log.jsonl").write_text(json.dumps({"step": 1, "loss": "high"}) + "\n")
     draw_curve(run)
     assert capsys.readouterr().out.startswith("warning: loss.png is left out: ")
 
@@ -85,7 +85,7 @@ def test_steps_that_a_rollback_repeats_replace_those_before_in_tensorboard(tmp_p
     log = Log(tmp_path, accelerator, {})
     for step in (1, 2, 3, 4):
         log.write(step, loss=2.0)
-    log.roll_back(2)
+    log.roll_back(2, rollbacks=1)
     for step in (3, 5):
         log.write(step, loss=1.0)
     accelerator.end_training()
