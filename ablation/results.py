@@ -35,7 +35,9 @@ class Difference:
 
     def sentence(self, name: str, other: str, lower_is_better: bool, digits: int | None = None) -> str:
         """Say whether `name` is better or worse than `other`, or why that is undecided."""
-        mean, low, high = (number(value, digits=digits) for value in (abs(self.mean), self.low, self.high))
+        sign = -1 if self.is_decided and self.mean < 0 else 1  # a decided difference is told by its size
+        bounds = sorted((sign * self.low, sign * self.high))
+        mean, low, high = (number(value, digits=digits) for value in (sign * self.mean, *bounds))
         evidence = f"95% interval {low} to {high}, {self.num_seeds} seeds, corrected p = {self.p:.2g}"
         if self.is_decided:
             verdict = "better" if (self.mean < 0) == lower_is_better else "worse"

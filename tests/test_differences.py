@@ -49,7 +49,7 @@ def test_a_real_effect_is_found_and_said_with_its_interval():
     mine, theirs = {0: 50.0, 1: 51.0, 2: 49.5}, {0: 60.0, 1: 61.5, 2: 59.0}
     difference = correct_p_values({"XSwin": paired_t_test(mine, theirs)})["XSwin"]
     assert difference.sentence("XSwin", "DiT", lower_is_better=True, digits=2) == (
-        "XSwin is better than DiT by 10.00 (95% interval -11.24 to -8.76, 3 seeds, corrected p = 0.00083)"
+        "XSwin is better than DiT by 10.00 (95% interval 8.76 to 11.24, 3 seeds, corrected p = 0.00083)"
     )
     assert difference.sentence("XSwin", "DiT", lower_is_better=False).startswith("XSwin is worse than DiT by 10.0")
 
