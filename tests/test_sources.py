@@ -1,6 +1,5 @@
 """Sources of samples and their fair references: every kind of source, matched by class name."""
 
-import errno
 import hashlib
 import json
 import math
@@ -168,11 +167,7 @@ def test_scores_are_printed_before_a_failed_write_and_infinity_is_json(tmp_path,
     assert (samples["clip"], samples["guidance_interval"], samples["num_steps"]) == ("inf", [0.2, "inf"], 150)
     monkeypatch.chdir(tmp_path)
     data = ("--data.image_size", 32, "--data.num_images", 60, "--data.difficulty", "hard")
-
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("evaluation.record.write_json", fail)
+    monkeypatch.setattr("evaluation.record.write_json", Mock(side_effect=OSError("No space left on device")))
     with pytest.raises(OSError, match="No space left"):
         evaluate("--samples", drawn / "drawn.npz", "--extractor", thumbnail, *data)
     assert "12 samples against 12 images, on thumbnail" in capsys.readouterr().out
