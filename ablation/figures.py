@@ -61,7 +61,8 @@ def plot_score_by_compute(results: Results, axes: Any) -> bool:
     """Score by training FLOPs: the first metric with at least two points in some training, else the final scores."""
     axes.set(xlabel="arithmetic of training")
     axes.xaxis.set_major_formatter(EngFormatter("FLOP"))
-    if metric := next((m for m in results.metrics if any(len(run.series(m)[0]) > 1 for run in results.runs)), None):
+    scores = [metric for metric in results.metrics if metric != "validation_loss"]  # which has a panel of its own
+    if metric := next((m for m in scores if any(len(run.series(m)[0]) > 1 for run in results.runs)), None):
         axes.set_ylabel(column_title(metric))
         return _lines(results, axes, metric, training_flops)
     return _final_scores(results, axes, results.metrics[0], lambda v: training_flops(v.runs[0], v.plan["num_steps"]))

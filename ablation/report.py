@@ -30,22 +30,23 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
     """Write all files of the report, and return a sentence that names them. Raises ValueError if no run is finished."""
     results = read_results(folder)
     panels, pictures, notes = draw_panels(results), read_pictures(results), format_notes(results)
-    findings, tables, facts = format_findings(results), cross_tabulate(results), format_facts(results)
+    tables, facts = cross_tabulate(results), format_facts(results)
+    sections = {"What is claimed": format_claims(results), "What is decided": format_findings(results)}
     description = results.plan["ablation"]["description"]
     title = results.plan["ablation"]["title"] or folder.name
     missing = f"Not finished, and not in this report: {'; '.join(results.missing)}." if results.missing else ""
 
     groups = {"references": reference_cells(results), "models": variant_cells(results)}
     values: dict[str, Any] = {"title": title, "description": description, "missing": missing, "notes": notes}
-    values |= {"head": header_cells(results), "groups": groups, "findings": findings, "crossed": tables}
+    values |= {"head": header_cells(results), "groups": groups, "sections_of_sentences": sections, "crossed": tables}
     values |= {"panels": [*panels.values()], "pictures": pictures, "beside": side_by_side(pictures)}
     values |= {"data_uri": data_uri, "facts_of_results": facts}
     html = render_page("report.html", **values)  # self-contained: a browser needs no network to show it
     text = [f"# {plain(title)}", description, plain(missing), as_markdown(results), *map(plain, notes)]
-    if findings:
-        text.append("## What is decided")
-    for metric, sentences in findings.items():
-        text.append("\n".join([f"{plain(metric)}:\n", *(f"- {plain(sentence)}" for sentence in sentences)]))
+    for heading, findings in sections.items():
+        text += [f"## {heading}"] * bool(findings)
+        for metric, sentences in findings.items():
+            text.append("\n".join([f"{plain(metric)}:\n", *(f"- {plain(sentence)}" for sentence in sentences)]))
     for metric, rows in tables:
         text += [f"## {plain(metric)}", markdown(rows)]
     text += [f"![{name}](figures/{name}.png)\n\n*{caption}*" for name, (_, caption) in panels.items()]
@@ -90,7 +91,7 @@ def format_notes(results: Results) -> list[str]:
     if len(kinds := dict.fromkeys(samples)) > 1:
         listed = "; ".join(f"{num}, labels {labels}, {precision}" for num, labels, precision in kinds)
         notes.append(f"The runs were scored by different samples ({listed}): only scores of the same can be compared.")
-    if len({str(run.plan.get("loss_of")) for run in results.runs}) > 1:
+    if results.num_objectives > 1:
         notes.append("Losses are of different objectives, or in other latents: only those of the same can be compared.")
     if extractor != "inception":
         notes.append(f"Features of {extractor}: distances compare these runs with each other, and are not FID.")
@@ -108,6 +109,21 @@ def format_findings(results: Results) -> dict[str, list[str]]:
                 for name, difference in differences.items()
             ]
     return findings
+
+
+def format_claims(results: Results) -> dict[str, list[str]]:
+    """For each metric (by its title), a sentence per claim: yes, no or undecided, and the difference that says so."""
+    answers: dict[str, list[str]] = {}
+    for metric in results.metrics:
+        if (lower := is_lower_better(metric)) is None:
+            continue
+        for claim, difference in results.claimed(metric).items():
+            word = "yes" if difference.is_better(lower) else "no"
+            first, second = results.claims[claim]
+            sentence = difference.sentence(first, second, lower, num_digits(metric))
+            answer = f"{claim}: {word if difference.is_decided else 'undecided'}. {sentence}"
+            answers.setdefault(column_title(metric), []).append(answer)
+    return answers
 
 
 def format_facts(results: Results) -> dict[str, str]:

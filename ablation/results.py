@@ -33,6 +33,10 @@ class Difference:
     def is_decided(self) -> bool:
         return self.p < SIGNIFICANT
 
+    def is_better(self, lower_is_better: bool) -> bool:
+        """Whether the first variant has the better mean."""
+        return (self.mean < 0) == lower_is_better
+
     def sentence(self, name: str, other: str, lower_is_better: bool, digits: int | None = None) -> str:
         """Say whether `name` is better or worse than `other`, or why that is undecided."""
         sign = -1 if self.is_decided and self.mean < 0 else 1  # a decided difference is told by its size
@@ -40,7 +44,7 @@ class Difference:
         mean, low, high = (number(value, digits=digits) for value in (sign * self.mean, *bounds))
         evidence = f"95% interval {low} to {high}, {self.num_seeds} seeds, corrected p = {self.p:.2g}"
         if self.is_decided:
-            verdict = "better" if (self.mean < 0) == lower_is_better else "worse"
+            verdict = "better" if self.is_better(lower_is_better) else "worse"
             return f"{name} is {verdict} than {other} by {mean} ({evidence})"
         reason = "the interval holds 0" if self.low <= 0 <= self.high else "too many comparisons for so few seeds"
         return f"{name} against {other} is undecided: {reason} ({evidence})"
@@ -83,9 +87,12 @@ class RunResult:
 
     @cached_property
     def trials(self) -> list[dict[str, float | None]]:
-        """Scores of each trial by metric, without those of halves; the first also has the share of memorisation."""
+        """Scores of each trial by metric, without those of halves; the first also has the last
+        held-out loss and the share of memorisation."""
         trials = self.record["rows"][0]["trials"]
         scores = [{name: score["value"] for name, score in trial.items() if ", " not in name} for trial in trials]
+        if losses := self.series("validation_loss")[1]:
+            scores[0]["validation_loss"] = losses[-1]
         if memorisation := self.record.get("memorisation"):
             scores[0]["closer to training images"] = memorisation["closer_to_training_than_held_out"]
         return scores
@@ -150,13 +157,31 @@ class Results:
 
     @cached_property
     def metrics(self) -> list[str]:
-        """Names of the metrics that have a value in some run."""
+        """Names of the metrics that have a value in some run; the loss only where all are of one objective."""
         names = dict.fromkeys(name for run in self.runs for trial in run.trials for name in trial)
+        if self.num_objectives > 1:
+            names.pop("validation_loss", None)
         return [name for name in names if any(variant.values(name) for variant in self.variants)]
+
+    @property
+    def num_objectives(self) -> int:
+        """Number of different objectives, or latents, that the losses are of: only those of one can be compared."""
+        return len({str(run.plan.get("loss_of")) for run in self.runs})
 
     def differences(self, metric: str) -> dict[str, Difference]:
         """Difference of each variant to the baseline where it can be tested, corrected for the number of variants."""
         return self._differences_to(self.baseline, metric)
+
+    def claimed(self, metric: str) -> dict[str, Difference]:
+        """Difference of the two variants of each claim where it can be tested, corrected for the number of claims."""
+        scores = {variant.name: variant.by_seed(metric) for variant in self.variants}
+        pairs = {claim: [scores.get(name, {}) for name in names] for claim, names in self.claims.items()}
+        return correct_p_values({claim: paired_t_test(*pair) for claim, pair in pairs.items()})
+
+    @property
+    def claims(self) -> dict[str, list[str]]:
+        """For each claim, the variant that it says is better, and the other."""
+        return self.plan["ablation"].get("claims", {})
 
     def is_best(self, variant: VariantResult, metric: str) -> bool:
         """Whether this variant is significantly better than every other, corrected for the number of variants."""

@@ -1,7 +1,7 @@
 """Configuration of an ablation, and the runs that it expands to. Imports no torch, so that `--help` is fast."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -80,6 +80,8 @@ class AblationConfig:
         grid: list of values for each dotted key; each combination makes a variant of every variant above. `seed` is
             short for train.seed: runs that differ only in the seed share a row, which shows their spread
         baseline: name of the variant that the others are tested against; by default the first
+        claims: for each claim, in words, two variants: the one that it says is better, and the other. The report
+            answers yes, no or undecided, by p-values corrected for the number of claims
         match: equal cost of all variants; null: each has the cost that it has
         scoring: scoring of all variants
         pictures: samples of each variant in the report
@@ -93,6 +95,7 @@ class AblationConfig:
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
     baseline: str | None = None
+    claims: dict[str, list[str]] = field(default_factory=dict)
     match: MatchConfig | None = None
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     pictures: PicturesConfig = field(default_factory=PicturesConfig)
@@ -158,11 +161,22 @@ def expand_runs(ablation: AblationConfig, name: str) -> list[Run]:
             if run.folder in runs:
                 raise ValueError(f"variants {runs[run.folder].name} and {run.name} are of one name; rename one")
             runs[run.folder] = run
-    for key, variant in (("baseline", ablation.baseline), ("match.to", ablation.match and ablation.match.to)):
-        if variant is not None and not any(run.is_of(variant) for run in runs.values()):
-            names = dict.fromkeys(run.variant for run in runs.values())
-            raise ValueError(f"{key} {variant}: no such variant; there are {', '.join(names)}")
+    _check_names(ablation, runs.values())
     return list(runs.values())
+
+
+def _check_names(ablation: AblationConfig, runs: Collection[Run]) -> None:
+    """Raise ValueError where baseline, match or a claim names a variant that is none."""
+    names = dict.fromkeys(run.variant for run in runs)
+    for key, variant in (("baseline", ablation.baseline), ("match.to", ablation.match and ablation.match.to)):
+        if variant is not None and not any(run.is_of(variant) for run in runs):
+            raise ValueError(f"{key} {variant}: no such variant; there are {', '.join(names)}")
+    for claim, variants in ablation.claims.items():
+        if len(set(variants)) != 2 or len(variants) != 2:
+            raise ValueError(f"claims, {claim}: name two variants, the one that is said to be better first")
+        for variant in variants:
+            if variant not in names:
+                raise ValueError(f"claims, {claim}: no variant {variant}; there are {', '.join(names)}")
 
 
 def check_inputs_of(runs: list[Run], *, scores: bool) -> None:

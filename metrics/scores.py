@@ -165,6 +165,8 @@ def is_lower_better(score: str) -> bool | None:
 
 def column_title(score: str) -> str:
     """Return the heading of a score's column, with an arrow that points to better values."""
+    if score == "validation_loss":
+        return "held-out loss ↓"
     name, row = find_metric(score)
     if row is None:
         return name
@@ -174,4 +176,4 @@ def column_title(score: str) -> str:
 
 def num_digits(score: str) -> int | None:
     row = find_metric(score)[1]
-    return row.digits if row else None
+    return row.digits if row else 4 if score == "validation_loss" else None

@@ -13,6 +13,11 @@ METRICS = {
     "precision": (0.4, -0.01),
     "spatial_frechet_distance[colors]": (None, 0),
 }
+CLAIMS = {
+    "skips help": ["XSwin with a long name", "DiT"],
+    "tokens win": ["DiT", "USwin"],
+    "two are alike": ["UViT", "USwin"],
+}
 SEEDS, TRIALS = (0, 1, 2), 2
 
 
@@ -80,7 +85,7 @@ def finished_ablation(work):
             (path / "log.jsonl").write_text("\n".join(map(json.dumps, events)))
             np.savez(path / "pictures.npz", arr_0=rng.integers(0, 256, (4 * len(CLASSES), 32, 32, 3), dtype=np.uint8))
     about = {"title": "A <fake> ablation", "description": "Four variants & three seeds.", "baseline": "DiT"}
-    plan = {"ablation": {**about, "pictures": {"classes": [], "num_per_class": 4}}, "runs": runs}
+    plan = {"ablation": {**about, "claims": CLAIMS, "pictures": {"classes": [], "num_per_class": 4}}, "runs": runs}
     (folder / "plan.json").write_text(json.dumps(plan))
     write_report(folder)
     return folder

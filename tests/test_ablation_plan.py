@@ -120,6 +120,8 @@ def planned(path):
         ("variants: {a: {sampling.sampler: dppm}}", "variant a: --sampling.sampler dppm: unknown"),
         ("variants: {a: {}}\npictures: {classes: [strr]}", "variant a: --classes strr: no such class"),
         ("variants: {a: {}}\nbaseline: b", "baseline b: no such variant; there are a"),
+        ("variants: {a: {}, b: {}}\nclaims: {a wins: [a, c]}", "claims, a wins: no variant c; there are a, b"),
+        ("variants: {a: {}, b: {}}\nclaims: {a wins: [a]}", "claims, a wins: name two variants, the one that is said"),
         ("variants: {}", "variants and grid are empty"),
         ("variants: {a: {train.seed: 1}, b: {}}", "variant a: train.seed: every variant has the same; .* grid: seed"),
         ("variants: {a: {}}\ngrid: {train.seed: [1, 2]}", "variant a seed=1: train.seed: every variant has the same"),

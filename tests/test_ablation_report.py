@@ -17,11 +17,13 @@ from scipy import stats
 
 from ablation.figures import _panels_by_setting
 from ablation.pictures import Pictures, read_pictures, save_side_by_side, side_by_side
-from ablation.report import format_facts, format_findings, format_notes
+from ablation.report import format_claims, format_facts, format_findings, format_notes
 from ablation.results import holm, mean_and_interval, read_results
 from ablation.tables import as_markdown, as_tex, check_columns, cross_tabulate, header_cells, variant_cells
 from evaluation.plots import color, legend_columns, make_figure, marker
 from evaluation.table import markdown, terminal
+
+TITLES = ["Fréchet ↓", "precision ↑", "held-out loss ↓"]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def values_of(ablation, variant, metric):
 def test_the_table_is_of_the_runs_own_numbers(ablation):
     results = read_results(ablation)
     metric = "frechet_distance[colors]"
-    assert header_cells(results) == ["model", "parameters", "GFLOPs", "img/s", "GB", "Fréchet ↓", "precision ↑"]
+    assert header_cells(results) == ["model", "parameters", "GFLOPs", "img/s", "GB", *TITLES]
     baseline = {seed: fmean(values) for seed, values in values_of(ablation, "DiT", metric).items()}
     uncorrected = {}
     for variant, row in zip(VARIANTS, variant_cells(results), strict=True):
@@ -94,7 +96,7 @@ def test_the_tex_table_is_whole(ablation):
     tex = as_tex(read_results(ablation))
     rows = [line for line in tex.splitlines() if line.endswith(r"\\")]
     assert len(rows) == 1 + 2 + len(VARIANTS)
-    assert {line.count("&") for line in rows} == {6}
+    assert {line.count("&") for line in rows} == {7}
     assert tex.count("{") == tex.count("}")
     assert tex.count("$") % 2 == 0
     assert r"\mathbf{" in tex
@@ -117,6 +119,7 @@ def test_the_tex_table_has_the_columns_asked_for(ablation):
 
 def test_what_is_not_as_usual_or_does_not_compare_is_said(ablation):
     results, of_losses = read_results(ablation), "Losses are of different objectives"
+    assert header_cells(results)[-1] == "held-out loss ↓"
     usual = "ddim, 9 steps, guidance 2.0"
     assert format_facts(results)["sampling"] == usual
     assert of_losses not in "".join(format_notes(results))
@@ -149,12 +152,31 @@ def test_bold_is_what_is_decidedly_better_than_every_other(ablation):
 
 def test_the_report_says_what_is_decided(ablation):
     found = format_findings(read_results(ablation))
-    assert list(found) == ["Fréchet ↓", "precision ↑"]
+    assert list(found) == TITLES[:2]  # the losses are all equal, which tests nothing
     assert [len(sentences) for sentences in found.values()] == [3, 3]
     sentence = found["Fréchet ↓"][-1]
     assert sentence.startswith("XSwin with a long name is better than DiT by ")
     for name in ("report.md", "report.html"):
         assert sentence in (ablation / name).read_text()
+
+
+def test_each_claim_is_answered_by_the_pair_that_it_names(ablation):
+    """Of the made-up scores, XSwin's are 9 better than DiT's, and USwin's 1 better than UViT's, with a noise of 0.6."""
+    results, metric = read_results(ablation), "frechet_distance[colors]"
+    found = format_claims(results)
+    assert list(found) == TITLES[:2]
+    yes, no, undecided = found["Fréchet ↓"]
+    assert yes.startswith("skips help: yes. XSwin with a long name is better than DiT by ")
+    assert no.startswith("tokens win: no. DiT is worse than USwin by ")
+    assert undecided.startswith("two are alike: undecided. UViT against USwin is undecided: ")
+    scores = {name: values_of(ablation, name, metric) for name in ("UViT", "USwin")}
+    pairs = [[fmean(by_seed[seed]) for seed in scores["UViT"]] for by_seed in scores.values()]
+    last = results.claimed(metric)["two are alike"]
+    assert last.num_seeds == 2
+    assert last.p == pytest.approx(stats.ttest_rel(*pairs).pvalue)  # the largest of three p-values is not corrected
+    for name in ("report.md", "report.html"):
+        text = (ablation / name).read_text()
+        assert text.index("What is claimed") < text.index(yes) < text.index("What is decided")
 
 
 def test_a_tie_has_no_best(ablation):
@@ -172,7 +194,7 @@ def test_two_factors_have_a_table_of_one_against_the_other(ablation):
         replace(variant, runs=[replace(run, plan={**run.plan, "point": point}) for run in variant.runs])
         for variant, point in zip(results.variants, points, strict=True)
     ]
-    (title, rows), _ = cross_tabulate(replace(results, variants=variants))
+    (title, rows), *_ = cross_tabulate(replace(results, variants=variants))
     shown = [row[5].text for row in variant_cells(results)]
     assert title == "Fréchet ↓"
     assert rows == [["model, optim.lr", "1", "2"], ["DiT", *shown[:2]], ["UViT", *shown[2:]]]
@@ -189,7 +211,7 @@ def test_a_number_in_the_grid_is_drawn_with_intervals_over_seeds(ablation):
     ]
     gridded = replace(results, variants=variants)
     panels = _panels_by_setting(gridded)
-    assert [*panels] == ["fid-by-setting", "precision-by-setting"]
+    assert [*panels] == ["fid-by-setting", "precision-by-setting", "validation_loss-by-setting"]
     axes = make_figure(lambda axes: panels["fid-by-setting"][0](gridded, axes)).axes[0]
     (line, _, (bars,)), *others = axes.containers
     assert not others
