@@ -11,7 +11,7 @@ from models.layers.embedding import Conditioning, TimeEmbedding, make_rotary, si
 from models.layers.initialisation import initialise_linears_, zero_
 from models.layers.modulation import Offset, modulate
 from models.layers.patch import check_input_size, patchify, unpatchify
-from models.layers.style import BlockStyle
+from models.layers.style import BlockStyle, DropPath, rising_drop_rates
 
 # The six modulation vectors come from a layer that all blocks share, followed by one in each block: nothing and a
 # linear layer (adaLN-zero), or a linear layer and a learned offset (adaLN-single, Chen et al. 2023).
@@ -22,7 +22,14 @@ class DiTBlock(nn.Module):
     """Attention and MLP with adaLN-zero: the conditioning sets shift, scale and gate of each, all zero at first."""
 
     def __init__(
-        self, dim: int, num_heads: int, style: BlockStyle, *, mlp_ratio: float = 4.0, modulation: str = "block"
+        self,
+        dim: int,
+        num_heads: int,
+        style: BlockStyle,
+        *,
+        mlp_ratio: float = 4.0,
+        modulation: str = "block",
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm1 = style.make_norm(dim, eps=1e-6, affine=False)
@@ -30,11 +37,12 @@ class DiTBlock(nn.Module):
         self.norm2 = style.make_norm(dim, eps=1e-6, affine=False)
         self.mlp = style.make_mlp(dim, int(dim * mlp_ratio), nn.GELU("tanh"))
         self.modulation = MODULATIONS[modulation][1](dim, 6 * dim)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tokens, cond: Cond) -> Tokens:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond).chunk(6, dim=-1)
-        x = x + gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = self.drop_path(x, gate1[:, None] * self.attention(modulate(self.norm1(x), shift1, scale1)))
+        return self.drop_path(x, gate2[:, None] * self.mlp(modulate(self.norm2(x), shift2, scale2)))
 
 
 class FinalLayer(nn.Module):
@@ -62,6 +70,7 @@ class DiT(Backbone):
             and keys), or `both`.
         modulation: `block` (published: a linear layer in each block) or `shared` (one linear layer for all blocks and
             an offset in each, which saves a third of the parameters).
+        drop_path: stochastic depth rate of the last block; rates rise linearly from 0 (published: none).
     """
 
     def __init__(
@@ -82,6 +91,7 @@ class DiT(Backbone):
         mlp: str = "gelu",
         positions: str = "absolute",
         modulation: str = "block",
+        drop_path: float = 0.0,
         second_time: bool = False,
         augment_dim: int = 0,
         guidance_input: bool = False,
@@ -103,7 +113,8 @@ class DiT(Backbone):
         style = BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp, rotary=rotary)
         self.modulation = MODULATIONS[modulation][0](dim, 6 * dim)
         self.blocks = nn.ModuleList(
-            DiTBlock(dim, num_heads, style, mlp_ratio=mlp_ratio, modulation=modulation) for _ in range(depth)
+            DiTBlock(dim, num_heads, style, mlp_ratio=mlp_ratio, modulation=modulation, drop_path=rate)
+            for rate in rising_drop_rates(drop_path, depth)
         )
         num_skips = (depth - 1) // 2 if long_skips else 0
         self.joins = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in range(num_skips))

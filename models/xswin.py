@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from models.layers.embedding import AddedEmbedding, Conditioning, NoConditioning
 from models.layers.initialisation import initialise_linears_, zero_
 from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator, PassThrough
 from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
-from models.layers.style import BlockStyle, DropPath
+from models.layers.style import BlockStyle, DropPath, rising_drop_rates
 from models.layers.window import SKIPS, Precomputation, Precomputed, WindowAttention
 
 
@@ -191,8 +192,6 @@ class XSwin(Backbone):
             raise ValueError(f"depths={list(depths)} and num_heads={list(num_heads)} must be of one length")
         if neighbourhood is not None and neighbourhood % 2 == 0:
             raise ValueError(f"neighbourhood={neighbourhood} must be an odd number of tokens; None is shifted windows")
-        if not 0 <= drop_path < 1:
-            raise ValueError(f"drop_path={drop_path} must lie in [0, 1)")
         check_choice("skip", skip, SKIPS)
         check_choice("stem", stem, STEMS)
         check_choice("conv_norm", conv_norm, CONV_NORMS)
@@ -212,8 +211,8 @@ class XSwin(Backbone):
             numbers = range(first, len(rates))
             return [swin_block(width, heads, shifted=n % 2 == 1, drop_path=rates[n]) for n in numbers]
 
-        num_stages, rates = len(depths), torch.linspace(0, drop_path, 2 * sum(depths), device="cpu")
-        rates_of_stages = [stage.tolist() for stage in rates.split([*depths, *reversed(depths)])]
+        num_stages, rates = len(depths), iter(rising_drop_rates(drop_path, 2 * sum(depths)))
+        rates_of_stages = [[*islice(rates, depth)] for depth in (*depths, *reversed(depths))]
         widths = [dim * 2**level for level in range(num_stages)]
         merged = [True] * (num_stages - 1) + [final_downsample]  # whether patch merging follows a stage
 

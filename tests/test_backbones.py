@@ -126,7 +126,7 @@ def count_bytes(counter, tensor):
     return tensor
 
 
-RANDOM = {"XSwin": {"drop_path": 0.5}, "UNet": {"dropout": 0.5}}
+RANDOM = {"XSwin": {"drop_path": 0.5}, "DiT": {"drop_path": 0.5}, "UNet": {"dropout": 0.5}}
 
 
 @families
@@ -146,6 +146,22 @@ def test_recomputed_blocks_have_the_same_masks_and_store_less(name):
     assert all(torch.equal(*pair) for pair in zip(whole, again, strict=True))
     assert kept < 0.7 * all_kept
     assert torch.equal(after, after_again)
+
+
+@pytest.mark.parametrize("name", ["XSwin", "USwin", "DiT", "UViT"])
+def test_stochastic_depth_drops_branches_in_training_alone(name):
+    model, plain = (wake(small(name, drop_path=rate)) for rate in (0.9, 0.0))
+    plain.load_state_dict(model.state_dict())
+    x, t, y = inputs(batch=6)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(x, t, y), plain.eval()(x, t, y))
+        model, plain = model.train(), plain.train()
+        one, other, whole = model(x, t, y)[:], model(x, t, y)[:], plain(x, t, y)[:]
+    assert not torch.equal(one, other)
+    assert not torch.allclose(one, whole)
+    with pytest.raises(ValueError, match=r"drop_path=1.0 must lie in \[0, 1\)"):
+        small(name, drop_path=1.0)
 
 
 def test_recomputation_is_refused_where_it_would_change_the_training():

@@ -72,6 +72,13 @@ class DropPath(nn.Module):
         return torch.addcmul(x, branch, mask, value=1 / (1 - self.drop_prob))
 
 
+def rising_drop_rates(drop_path: float, depth: int) -> list[float]:
+    """Rates of stochastic depth that rise linearly over the blocks from 0 to `drop_path`, which must lie in [0, 1)."""
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path={drop_path} must lie in [0, 1)")
+    return torch.linspace(0, drop_path, depth, device="cpu").tolist()
+
+
 @dataclass(frozen=True)
 class BlockStyle:
     """The choice of norm, MLP and attention variant in a backbone's blocks; the defaults are the published ones.
