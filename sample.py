@@ -142,13 +142,13 @@ def save_samples(
     With `keep`, another grid of that name is kept; other samples always are."""
     import torch
 
-    from checkpoints.checkpoint import read_metadata
     from sampling.grids import save_grid
     from sampling.image_files import save_folder, save_npz
     from sharing.model_card import without_paths
 
     labels = generator.labels
     names = [checkpoint.classes[label] if checkpoint.classes else "" for label in labels.tolist()]
+    settings = without_paths(generator.provenance)  # now, as the files named may change; the picture may be published
     if output.suffix.lower() in PICTURES:
         is_one_class = len(labels.unique()) == 1
         save_grid(
@@ -156,8 +156,8 @@ def save_samples(
             output,
             columns=12 if is_one_class else num_per_class * max(1, 12 // num_per_class),
             captions=names if checkpoint.classes else None,
-            weights=read_metadata(checkpoint.path).get("weights_sha256"),
-            settings=without_paths(generator.provenance),  # the picture may be published
+            weights=checkpoint.weights_sha256,
+            settings=settings,
             keep=keep,
         )
     elif output.suffix.lower() == ".npz":

@@ -1,6 +1,6 @@
 """Report of an ablation: `report.html`, `report.md`, `table.tex`, `results.csv` and `figures/`, from its runs' JSON."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from ablation.figures import draw_panels
 from ablation.pictures import data_uri, read_pictures, save_side_by_side, side_by_side
 from ablation.results import Results, read_results
+from ablation.study import AblationConfig
 from ablation.tables import (
     as_markdown,
     as_tex,
@@ -26,9 +27,9 @@ from metrics.scores import column_title, is_lower_better, num_digits
 ALWAYS_SHOWN = ("sampler", "num_steps", "guidance_scale")  # other sampling settings only where not the default
 
 
-def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
-    """Write all files of the report, and return a sentence that names them. Raises ValueError if no run is finished."""
-    results = read_results(folder)
+def write_report(folder: Path, ablation: AblationConfig | None = None) -> str:
+    """Write all files of the report, return a sentence that names them. Raises ValueError as `read_results` does."""
+    results = read_results(folder, ablation)
     panels, pictures, notes = draw_panels(results), read_pictures(results), format_notes(results)
     tables, facts = cross_tabulate(results), format_facts(results)
     sections = {"What is claimed": format_claims(results), "What is decided": format_findings(results)}
@@ -57,7 +58,7 @@ def write_report(folder: Path, columns: Sequence[str] = ()) -> str:
 
     write_atomic(folder / "report.html", html)
     write_atomic(folder / "report.md", "\n\n".join(filter(None, text)) + "\n")
-    write_atomic(folder / "table.tex", as_tex(results, columns))
+    write_atomic(folder / "table.tex", as_tex(results, ablation.columns if ablation else ()))
     write_atomic(folder / "results.csv", trials_csv(results))
     return (
         f"report of {len(results.runs)} runs ({len(results.missing)} to go): {folder}/report.html, report.md, "

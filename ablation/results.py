@@ -7,16 +7,20 @@ comparisons.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 from ablation.identity import is_scored
+from ablation.study import AblationConfig
 from evaluation.table import SIGNIFICANT, number
 from metrics.scores import is_lower_better
 from training.log import read_log
+
+ROUNDING = 1e-12  # of a score, relative; what differs by less is equal
+PLANNED = ("base", "set", "variants", "grid", "match", "scoring", "pictures")  # of an ablation; results depend on them
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,14 @@ class Difference:
 
 
 def paired_t_test(mine: Mapping[int, float], theirs: Mapping[int, float]) -> Difference | None:
-    """Two-sided paired t-test of scores by seed; None for fewer than two common seeds, or equal differences."""
+    """Two-sided paired t-test of scores by seed; None for fewer than two common seeds, or differences that are equal up
+    to rounding, as those of shares of few images may be."""
     from scipy import stats
 
-    differences = [mine[seed] - theirs[seed] for seed in sorted(mine.keys() & theirs.keys())]
-    if len(differences) < 2 or stdev(differences) == 0:
+    seeds = sorted(mine.keys() & theirs.keys())
+    differences = [mine[seed] - theirs[seed] for seed in seeds]
+    largest = max((abs(scores[seed]) for scores in (mine, theirs) for seed in seeds), default=0.0)
+    if len(differences) < 2 or stdev(differences) <= ROUNDING * largest:
         return None
     test: Any = stats.ttest_1samp(differences, 0)
     low, high = map(float, test.confidence_interval(0.95))
@@ -221,12 +228,14 @@ class Results:
         return references
 
 
-def read_results(folder: Path) -> Results:
-    """Read `plan.json` and the files of its runs. Raises ValueError where no run has been scored."""
+def read_results(folder: Path, ablation: AblationConfig | None = None) -> Results:
+    """Read `plan.json` and the files of its runs. Words, baseline and claims are those of `ablation`, which may have
+    been edited since. Raises ValueError if other parts of it have changed, or if no run has been scored."""
     path = folder / "plan.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no ablation: there is no {path}")
     plan = json.loads(path.read_text())
+    plan |= {"ablation": _as_edited(plan, ablation)} if ablation else {}
     variants: dict[str, list[RunResult]] = {}
     missing = []
     for row in plan["runs"]:
@@ -240,6 +249,16 @@ def read_results(folder: Path) -> Results:
     if not variants:
         raise ValueError(f"{folder}: no run is finished, there is nothing to report yet ({len(missing)} to go)")
     return Results(folder, plan, [VariantResult(name, runs) for name, runs in variants.items()], missing)
+
+
+def _as_edited(plan: dict[str, Any], ablation: AblationConfig) -> dict[str, Any]:
+    """The ablation of a plan as it is now. Raises ValueError if it is not the one that was planned."""
+    planned, now = plan["ablation"], json.loads(json.dumps(asdict(ablation)))
+    now["set"] = {**planned["set"], **now["set"]}  # a report needs no --set
+    if changed := [name for name in PLANNED if json.dumps(planned[name]) != json.dumps(now[name])]:
+        remedy = "--only plan, with the same --set, plans it anew"
+        raise ValueError(f"{', '.join(changed)}: the YAML was edited since it was planned; {remedy}")
+    return now
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:

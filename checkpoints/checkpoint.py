@@ -53,6 +53,7 @@ class Checkpoint:
     step: int
     commit: str
     identity: dict[str, dict[str, Any]]  # of `codec`, `train` and `test`; empty in older checkpoints
+    weights_sha256: str | None  # None in older checkpoints
 
     @property
     def run(self) -> Path:
@@ -88,10 +89,13 @@ class Checkpoint:
         return self.config.guided_classes(len(self.classes))
 
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
-        """Build the backbone and load its averaged weights, in eval mode, frozen and on `device`."""
+        """Build the backbone and load its averaged weights, in eval mode, frozen and on `device`. Raises
+        CheckpointError if the file has other weights than when it was opened."""
         with torch.random.fork_rng(devices=[]):  # loading must not advance the global random state
             model = self.spec.build()
         load_weights(model.state_dict(), self.path)
+        if read_metadata(self.path).get("weights_sha256") != self.weights_sha256:  # `checkpoints/best` moves
+            raise CheckpointError(f"--checkpoint {self.path}: replaced while it was read; give the command again")
         return model.eval().requires_grad_(False).to(device)
 
     def build_diffusion(self) -> Diffusion:
@@ -260,6 +264,7 @@ def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) ->
             step=int(metadata["step"]),
             commit=metadata["commit"],
             identity={name: dict(part) for name, part in json.loads(metadata.get("identity", "{}")).items()},
+            weights_sha256=metadata.get("weights_sha256"),
         )
         if checkpoint.classes != classes or len(classes) != checkpoint.spec.num_classes:
             raise ValueError(f"{checkpoint.spec.num_classes} classes, named {abbreviate(classes)}")

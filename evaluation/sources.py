@@ -13,7 +13,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from autoencoders.codec import Codec
-from checkpoints.checkpoint import Checkpoint, read_metadata
+from checkpoints.checkpoint import Checkpoint
 from data import summarize_left_out
 from data.image_set import ImageSet
 from data.images import ImageDataset
@@ -183,7 +183,7 @@ def from_checkpoint(
     model = checkpoint.load_model(accelerator.device)
     provenance: dict[str, Any] = {"checkpoint": checkpoint.path.as_posix(), "model": checkpoint.spec.name}
     provenance |= {"step": checkpoint.step, "trained_at_commit": checkpoint.commit, "labels": evaluation.labels}
-    provenance["weights_sha256"] = read_metadata(checkpoint.path).get("weights_sha256")
+    provenance["weights_sha256"] = checkpoint.weights_sha256
 
     def create(sampling: SamplingConfig, trial: int) -> Source:
         labels = sample_labels(evaluation, num_reference, num_classes, reference_labels, trial)

@@ -10,6 +10,7 @@ from machine.precision import to_float64
 from metrics.scores import Score, too_few
 
 ROWS, AT_ONCE = 1024, 65536  # size of the blocks in which matrices of distances are computed: rows, columns
+TIE = 1e-7  # distances are equal if they differ by less, relatively: rounding depends on an image's place in its block
 
 
 def count_neighbours(
@@ -37,10 +38,10 @@ def count_neighbours(
     is_recalled, is_covered = torch.zeros(2, num_reference, dtype=torch.bool, device=reference.device)
     for start, distances in zip(range(0, num, ROWS), _distance_blocks(samples, reference), strict=True):
         if enough_for_precision:
-            num_precise += int((distances <= radii[neighbourhood]).any(dim=1).sum())
-            is_recalled |= (distances <= sample_radius[start : start + ROWS, None]).any(dim=0)
+            num_precise += int((distances <= (1 + TIE) * radii[neighbourhood]).any(dim=1).sum())
+            is_recalled |= (distances <= (1 + TIE) * sample_radius[start : start + ROWS, None]).any(dim=0)
         if enough_for_density:
-            is_inside = distances < radii[density_neighbourhood]
+            is_inside = distances < (1 - TIE) * radii[density_neighbourhood]
             num_inside += int(is_inside.sum())
             is_covered |= is_inside.any(dim=0)
     recall, coverage = (mask.double().mean().item() for mask in (is_recalled, is_covered))

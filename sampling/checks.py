@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from checkpoints.checkpoint import open_checkpoint, read_metadata
+from checkpoints.checkpoint import open_checkpoint
 from data.latents import abbreviate
 from diffusion import Diffusion
 from diffusion.samplers import Staged, check_options, num_steps_for
@@ -109,8 +109,7 @@ def files_in_record(sampling: SamplingConfig) -> dict[str, str | None]:
     """Hash the files that sampling settings name, for records: the guide's weights and a file of noise levels."""
     hashes, spacing = {}, Path(sampling.spacing or "")
     if sampling.guidance_checkpoint is not None:
-        guide = open_checkpoint(sampling.guidance_checkpoint)
-        hashes["guide_sha256"] = read_metadata(guide.path).get("weights_sha256")
+        hashes["guide_sha256"] = open_checkpoint(sampling.guidance_checkpoint).weights_sha256
     return hashes | ({"spacing_sha256": sha256_of(spacing)} if spacing.is_file() else {})
 
 

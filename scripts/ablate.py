@@ -8,7 +8,7 @@ python scripts/ablate.py configs/ablations/table1.yaml --executor slurm --cluste
 
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,7 +78,8 @@ def report(folder: Path, ablation: AblationConfig) -> int:
     from ablation.tables import check_columns
 
     check_columns(ablation.columns)
-    print(write_report(folder, ablation.columns))
+    baselines = (run.variant for run in expand_runs(ablation, folder.name) if run.is_of(ablation.baseline))
+    print(write_report(folder, replace(ablation, baseline=next(baselines, None))))
     return 0
 
 

@@ -178,7 +178,6 @@ def published(checkpoint: Any, folder: Path) -> Path:
 def read_scores(paths: list[Path], checkpoint: Any) -> tuple[dict[str, tuple[str, float]], str]:
     """Return text and value of each score in files of evaluate.py or recognise.py, and how samples were drawn. Raises
     ValueError for scores of other weights."""
-    from checkpoints.checkpoint import read_metadata
     from sharing.model_card import format_sampling, listed, score_texts
 
     values, sampling = {}, {}
@@ -188,7 +187,7 @@ def read_scores(paths: list[Path], checkpoint: Any) -> tuple[dict[str, tuple[str
         except (OSError, ValueError) as error:
             raise ValueError(f"--scores {path}: no file of evaluate.py's or recognise.py's --output") from error
         samples = record.get("samples", {})
-        own = read_metadata(checkpoint.path).get("weights_sha256")
+        own = checkpoint.weights_sha256
         if samples.get("weights_sha256", own) != own:
             raise ValueError(f"--scores {path}: of other weights than {checkpoint.path}")
         scores = record.get("scores", {})

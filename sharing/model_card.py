@@ -46,7 +46,7 @@ def _belongs_to(checkpoint: Checkpoint, path: Path) -> bool:
     """
     samples = json.loads(path.read_text()).get("samples", {}) if path.suffix == ".json" else {}
     if sha256 := samples.get("weights_sha256") or read_weights_hash(path):
-        return sha256 == read_metadata(checkpoint.path).get("weights_sha256")
+        return sha256 == checkpoint.weights_sha256
     if "step" in samples:
         return samples["step"] == checkpoint.step
     return path.stat().st_mtime >= checkpoint.path.stat().st_mtime

@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from statistics import fmean, stdev
 
 import numpy as np
@@ -19,6 +19,7 @@ from ablation.figures import _panels_by_setting
 from ablation.pictures import Pictures, read_pictures, save_side_by_side, side_by_side
 from ablation.report import format_claims, format_facts, format_findings, format_notes
 from ablation.results import holm, mean_and_interval, read_results
+from ablation.study import AblationConfig
 from ablation.tables import as_markdown, as_tex, check_columns, cross_tabulate, header_cells, variant_cells
 from evaluation.plots import color, legend_columns, make_figure, marker
 from evaluation.table import markdown, terminal
@@ -177,6 +178,27 @@ def test_each_claim_is_answered_by_the_pair_that_it_names(ablation):
     for name in ("report.md", "report.html"):
         text = (ablation / name).read_text()
         assert text.index("What is claimed") < text.index(yes) < text.index("What is decided")
+
+
+PARTS = {"base": "b.yaml", "variants": {"DiT": {}, "UViT": {"model": "UViT"}}, "set": {"data.path": "a.zip"}}
+
+
+def test_a_report_is_of_the_baseline_that_the_edited_yaml_names(ablation):
+    """With --only report the baseline was that of the last plan; other changes have to be planned."""
+    path = ablation / "plan.json"
+    plan = json.loads(path.read_text())
+    planned = AblationConfig(**{**PARTS, "set": {**PARTS["set"], "train.num_steps": 9}})
+    other = path.with_name("edited") / path.name
+    other.parent.mkdir()
+    other.write_text(json.dumps({**plan, "ablation": asdict(planned)}))
+    claims = {"tokens win": ["UViT", "DiT"]}
+    results = read_results(other.parent, AblationConfig(**PARTS, baseline="UViT", title="edited", claims=claims))
+    assert (results.baseline.name, results.plan["ablation"]["title"], results.claims) == ("UViT", "edited", claims)
+    assert read_results(other.parent, AblationConfig(**PARTS)).baseline.name == "DiT"
+    edits = {"variants": {"UViT": {"model": "UViT"}, "DiT": {}}, "set": {"data.path": "b.zip"}, "grid": {"seed": [1]}}
+    for part, value in edits.items():
+        with pytest.raises(ValueError, match=f"^{part}: the YAML was edited"):
+            read_results(other.parent, AblationConfig(**{**PARTS, part: value}))
 
 
 def test_a_tie_has_no_best(ablation):

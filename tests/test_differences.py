@@ -26,6 +26,7 @@ def test_a_paired_difference_is_students(differences):
 def test_differences_that_are_all_equal_or_of_one_seed_are_not_tested():
     assert paired_t_test({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}) is None
     assert paired_t_test({0: 2.0, 1: 3.0}, {0: 1.0, 2: 2.0}) is None
+    assert paired_t_test({0: 11 / 20, 1: 12 / 20}, {0: 10 / 20, 1: 11 / 20}) is None  # once decided, by rounding alone
 
 
 def test_p_values_are_corrected_step_by_step():

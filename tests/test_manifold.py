@@ -38,6 +38,15 @@ def test_density_passes_one_where_samples_crowd_and_coverage_sees_it():
     assert coverage < 0.1
 
 
+def test_a_copy_on_the_edge_of_a_ball_lies_outside_wherever_it_stands():
+    """A copy of the fifth neighbour is on the edge of a ball, and not inside, which rounding once decided."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(41, 61):
+        reference = torch.randn(number, 8, generator=generator).double() + 3
+        found = count_neighbours(reference[torch.randperm(number, generator=generator)], reference)
+        assert {name: score.value for name, score in found.items()} == dict.fromkeys(found, 1.0)
+
+
 def test_rows_at_a_time_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(50, 4, generator=generator), torch.randn(40, 4, generator=generator)

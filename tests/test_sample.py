@@ -1,7 +1,9 @@
 """sample.py as a user runs it."""
 
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,10 +14,15 @@ from processes import log, run, script
 from tqdm import tqdm
 
 from autoencoders.codec import PixelCodec
+from checkpoints.checkpoint import open_checkpoint
 from diffusion import GaussianDiffusion
 from experiment.config import DataFlags, SamplingConfig
+from machine.checkpoint_folder import CheckpointError, list_checkpoints
 from models import create_model
 from sampling.generation import Generator, generate
+from sampling.grids import read_weights_hash
+
+SAMPLE = script("sample.py")
 
 
 def test_same_seed_same_images_whatever_batch_and_processes(folder):
@@ -29,6 +36,27 @@ def test_same_seed_same_images_whatever_batch_and_processes(folder):
     assert a["classes"][:3].tolist() == ["circle", "square", "triangle"]
     assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
     assert np.abs(a["arr_0"].astype(int) - c["arr_0"]).max() > 10
+
+
+def test_samples_are_of_the_weights_that_were_opened_whatever_a_training_does_meanwhile(folder, here, monkeypatch):
+    """It deletes checkpoints, which lost the samples, and moves `checkpoints/best`, whose hash was then theirs."""
+    steps = here / "run" / "checkpoints"
+    shutil.copytree(folder / "runs" / "tiny" / "checkpoints", steps)
+    best, (first, second) = steps / "best", list_checkpoints(steps)
+    best.symlink_to(first.name)
+    opened, denoise = open_checkpoint(best), Generator.denoise
+
+    def denoise_while_training_goes_on(*arguments):
+        best.unlink()
+        best.symlink_to(second.name)
+        shutil.rmtree(first)
+        return denoise(*arguments)
+
+    monkeypatch.setattr(Generator, "denoise", denoise_while_training_goes_on)
+    SAMPLE.main(SAMPLE.SampleConfig(str(best), output="drawn.png", classes=["0"], num_per_class=1))
+    assert read_weights_hash(Path("drawn.png")) == opened.weights_sha256
+    with pytest.raises(CheckpointError, match="replaced while it was read"):
+        opened.load_model()
 
 
 GATHERED = """
