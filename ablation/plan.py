@@ -206,8 +206,8 @@ def plan_run(run: Run, ablation: AblationConfig, measurements: Measurements, *, 
         resolve_classes(list(ablation.pictures.classes), images.classes)
     scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and scores_baselines}
     keys = stage_keys(config, scoring, asdict(ablation.pictures))
-    if not ablation.pictures.num_per_class:
-        del keys["draw"]
+    if not ablation.pictures.num_per_class or run.seed != (ablation.grid.get("seed") or [run.seed])[0]:
+        del keys["draw"]  # the report shows samples of each variant's first seed
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()}
     data = list(images.classes), num_training_steps(config.train, len(images)), len(held_out), identity
     named = tuple(f"variant {run.variant}: {warning}" for warning in warnings)

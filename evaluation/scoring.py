@@ -24,12 +24,11 @@ from evaluation.sources import Source, from_dataset, from_images, reconstruction
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
 from machine.accelerator import from_main, indices_of_process
-from metrics.agreement import fit_probe
 from metrics.features import Extractor, Features
 from metrics.fidelity import Scores, compute_scores
 from metrics.frechet import frechet_distance
 from metrics.manifold import nearest_neighbours, probability_closer
-from metrics.reference import hash_adm, load_features, reference_path, save_features
+from metrics.reference import fit_cached_probe, hash_adm, load_features, reference_path, save_features
 from metrics.scores import Score, check_metrics, metric_name, required_features
 
 
@@ -102,8 +101,12 @@ class Scorer:
             self.accelerator.wait_for_everyone()
         features = load_features(path, key)
         if split == "test" and "labelled" in key["needs"] and dataset.classes:
-            train: Any = self.reference(replace(data, train_fraction=1.0), "train").features
-            probe = from_main(self.accelerator, lambda: fit_probe(train.features, train.labels, len(dataset.classes)))
+            train = self.reference(replace(data, train_fraction=1.0), "train")
+            file = path.with_name(train.provenance["features"])
+            probe = from_main(
+                self.accelerator,
+                lambda: fit_cached_probe(train.features, len(dataset.classes), file, train.provenance),
+            )
             features = replace(features, probe=probe)
         return Reference(features, {**key, "features": path.name}, dataset.classes)
 

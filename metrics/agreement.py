@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, linear
 from metrics.scores import Score
 
 DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)  # chosen from by accuracy on a held-out fifth
+FITTING = 1  # version of `fit_probe`: fitted probes are kept
 TOP = 5
 
 
@@ -55,16 +56,19 @@ def fit_probe(features: Float[Tensor, "n d"], labels: Int64[Tensor, " n"], num_c
 
 
 def class_agreement(samples: Labelled, reference: Labelled) -> dict[str, Score]:
-    """Compute top-1 and top-5 accuracy of the reference's probe on samples, and the accuracy of a probe fitted to the
-    samples on held-out images (classification accuracy score, Ravuri and Vinyals 2019)."""
+    """Compute top-1 and top-5 accuracy of the reference's probe on samples."""
     assert reference.probe is not None
-    num_classes = len(reference.probe.bias)
-    guesses = reference.probe(samples.features).topk(min(TOP, num_classes), dim=1).indices
+    guesses = reference.probe(samples.features).topk(min(TOP, len(reference.probe.bias)), dim=1).indices
     correct = guesses == samples.labels[:, None]
-    sample_probe = fit_probe(samples.features, samples.labels, num_classes)
-    cas = sample_probe(reference.features).argmax(dim=1) == reference.labels
-    top_1, top_5 = correct[:, 0], correct.any(dim=1)
-    return {"agreement": _accuracy(top_1), "agreement_top5": _accuracy(top_5), "cas": _accuracy(cas)}
+    return {"agreement": _accuracy(correct[:, 0]), "agreement_top5": _accuracy(correct.any(dim=1))}
+
+
+def classification_accuracy(samples: Labelled, reference: Labelled) -> dict[str, Score]:
+    """Compute the accuracy of a probe fitted to samples on held-out images (classification accuracy score, Ravuri and
+    Vinyals 2019)."""
+    assert reference.probe is not None
+    probe = fit_probe(samples.features, samples.labels, len(reference.probe.bias))
+    return {"cas": _accuracy(probe(reference.features).argmax(dim=1) == reference.labels)}
 
 
 def _accuracy(correct: Tensor) -> Score:

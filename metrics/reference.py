@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from machine.atomic_files import atomic_path
+from metrics.agreement import FITTING, Probe, fit_probe
 from metrics.downloads import download
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
@@ -51,6 +52,23 @@ def save_features(features: Features, path: Path, key: Mapping[str, object]) -> 
     for name, moments in named_moments.items():
         tensors |= {f"{name}.mean": moments.mean.contiguous(), f"{name}.covariance": moments.covariance.contiguous()}
     counts = json.dumps({name: moments.num for name, moments in named_moments.items()})
+    _save(tensors, path, key, counts)
+
+
+def fit_cached_probe(features: Features, num_classes: int, path: Path, key: Mapping[str, object]) -> Probe:
+    """Fit a probe to the labelled features of the file at `path`, or load the one that was fitted to it before."""
+    key = {**key, "probe": FITTING, "num_classes": num_classes}
+    path = path.with_name(f"{path.stem}-probe.safetensors")
+    if path.exists():
+        return Probe(**_load(path, key)[0])
+    labelled = features.labelled
+    assert labelled is not None
+    probe = fit_probe(labelled.features, labelled.labels, num_classes)
+    _save(vars(probe), path, key)
+    return probe
+
+
+def _save(tensors: dict[str, Tensor], path: Path, key: Mapping[str, object], counts: str = "") -> None:
     metadata = {"key": json.dumps(key, sort_keys=True), "counts": counts, "sha256": _sha256(tensors, counts)}
     try:
         with atomic_path(path) as partial:
@@ -62,6 +80,18 @@ def save_features(features: Features, path: Path, key: Mapping[str, object]) -> 
 
 
 def load_features(path: Path, key: Mapping[str, object]) -> Features:
+    tensors, counts = _load(path, key)
+    moments = {
+        name: Moments(tensors[f"{name}.mean"], tensors[f"{name}.covariance"], num)
+        for name, num in json.loads(counts).items()
+    }
+    halves = (moments["first"], moments["second"]) if "first" in moments else None
+    per_image = {name: tensors.get(name) for name in PER_IMAGE}
+    return Features(moments["whole"], moments.get("spatial"), halves, **per_image)
+
+
+def _load(path: Path, key: Mapping[str, object]) -> tuple[dict[str, Any], str]:
+    """Return tensors and counts of a file; raise `ReferenceError` if it is damaged, or of another key."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -73,13 +103,7 @@ def load_features(path: Path, key: Mapping[str, object]) -> Features:
         raise ReferenceError(f"reference {path} is damaged (its checksum differs); delete it")
     if different := sorted(name for name in expected | stored if stored.get(name) != expected.get(name)):
         raise ReferenceError(f"reference {path} is of another {', '.join(different)}; delete it")
-    moments = {
-        name: Moments(tensors[f"{name}.mean"], tensors[f"{name}.covariance"], num)
-        for name, num in json.loads(metadata["counts"]).items()
-    }
-    halves = (moments["first"], moments["second"]) if "first" in moments else None
-    per_image = {name: tensors.get(name) for name in PER_IMAGE}
-    return Features(moments["whole"], moments.get("spatial"), halves, **per_image)
+    return tensors, metadata["counts"]
 
 
 def _sha256(tensors: Mapping[str, Tensor], counts: str) -> str:

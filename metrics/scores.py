@@ -93,7 +93,8 @@ class Metric:
 SHARE, POSITIVE = (0.0, 1.0), (0.0, math.inf)
 FRECHET, NEIGHBOURS = "metrics.frechet:frechet_score", "metrics.manifold:count_neighbours"
 CLASSIFIER, KERNEL = "metrics.fidelity:classifier_score", "metrics.fidelity:kernel_distance"
-EXTRAPOLATED, PROBE = "metrics.frechet:extrapolated_distance", "metrics.agreement:class_agreement"
+EXTRAPOLATED = "metrics.frechet:extrapolated_distance"
+PROBE, TAUGHT = "metrics.agreement:class_agreement", "metrics.agreement:classification_accuracy"
 INFINITY, CLASSES = ("frechet_distance_infinity", "Fréchet∞"), {"needs": "labelled", "bounds": SHARE, "digits": 4}
 SUMMARIES = {
     "fid": "Fréchet distance of Gaussians fitted to the features",
@@ -120,7 +121,7 @@ METRICS: dict[str, Metric] = {
     "coverage": Metric(NEIGHBOURS, "higher", bounds=SHARE, digits=4),
     "fid_infinity": Metric(EXTRAPOLATED, "lower", title="FID∞", elsewhere=INFINITY, bounds=POSITIVE),
     **{name: Metric(PROBE, "higher", elsewhere=(name, name), **CLASSES) for name in ("agreement", "agreement_top5")},
-    "cas": Metric(PROBE, "higher", elsewhere=("cas", "cas"), teaches=True, **CLASSES),
+    "cas": Metric(TAUGHT, "higher", elsewhere=("cas", "cas"), teaches=True, **CLASSES),
 }
 METRICS = {name: replace(row, summary=SUMMARIES[name]) for name, row in METRICS.items()}
 DEFAULT = tuple(METRICS)[:8]  # without metrics that are slow, need classes, or are registered from outside

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, linear, one_hot
 
-from metrics.agreement import DECAYS, Labelled, _regress, class_agreement, fit_probe
+from metrics.agreement import DECAYS, Labelled, _regress, class_agreement, classification_accuracy, fit_probe
 
 NUM_CLASSES = 4
 
@@ -28,7 +28,8 @@ def reference():
 
 
 def values(samples, reference):
-    return {name: score.value for name, score in class_agreement(samples, reference).items()}
+    scores = class_agreement(samples, reference) | classification_accuracy(samples, reference)
+    return {name: score.value for name, score in scores.items()}
 
 
 def test_perfect_samples_have_perfect_agreement_and_cas():

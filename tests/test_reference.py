@@ -14,10 +14,19 @@ from torch import nn
 from checkpoints.checkpoint import save_tensors
 from evaluation.scoring import Scorer
 from experiment.config import DataConfig, EvaluationConfig
+from metrics.agreement import fit_probe
 from metrics.features import Extractor, Features
 from metrics.frechet import Moments
 from metrics.programs import save_program
-from metrics.reference import ReferenceError, load_features, read_adm, reference_path, save_features, write_adm
+from metrics.reference import (
+    ReferenceError,
+    fit_cached_probe,
+    load_features,
+    read_adm,
+    reference_path,
+    save_features,
+    write_adm,
+)
 
 KEY = {"source": "photos.zip", "source_hash": "abc", "split": "test", "extractor": "colour"}
 
@@ -176,3 +185,21 @@ def test_the_probe_learns_from_the_whole_training_split(tmp_path):
     data = DataConfig(path=str(tmp_path / "images"), image_size=8, cache=str(tmp_path / "cache"))
     probes = [scorer.reference(replace(data, train_fraction=fraction)).features.probe for fraction in (1.0, 0.1)]
     assert torch.equal(probes[0].weight, probes[1].weight)
+
+
+def test_a_probe_is_fitted_once_and_read_again(tmp_path, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(30) % 3
+    features = Features.of(torch.randn(30, 4, generator=generator) + labels[:, None], labels=labels)
+    file, key = tmp_path / "train-0.safetensors", {"source": "train"}
+    fitted = fit_cached_probe(features, 3, file, key)
+    whole = fit_probe(features.features, labels, 3)
+    assert all(torch.equal(getattr(fitted, name), value) for name, value in vars(whole).items())
+    monkeypatch.setattr("metrics.reference.fit_probe", None)
+    again = fit_cached_probe(features, 3, file, key)
+    assert all(torch.equal(getattr(again, name), value) for name, value in vars(whole).items())
+    with pytest.raises(ReferenceError, match=r"train-0-probe.safetensors is of another source; delete it"):
+        fit_cached_probe(features, 3, file, {"source": "other"})
+    (tmp_path / "train-0-probe.safetensors").write_bytes(b"half")
+    with pytest.raises(ReferenceError, match=r"train-0-probe.safetensors is damaged"):
+        fit_cached_probe(features, 3, file, key)
