@@ -32,19 +32,19 @@ def write_report(folder: Path, ablation: AblationConfig | None = None) -> str:
     results = read_results(folder, ablation)
     panels, pictures, notes = draw_panels(results), read_pictures(results), format_notes(results)
     tables, facts = cross_tabulate(results), format_facts(results)
-    sections = {"What is claimed": format_claims(results), "What is decided": format_findings(results)}
+    verdicts = {"What is claimed": format_claims(results), "What is decided": format_findings(results)}
     description = results.plan["ablation"]["description"]
     title = results.plan["ablation"]["title"] or folder.name
     missing = f"Not finished, and not in this report: {'; '.join(results.missing)}." if results.missing else ""
 
     groups = {"references": reference_cells(results), "models": variant_cells(results)}
     values: dict[str, Any] = {"title": title, "description": description, "missing": missing, "notes": notes}
-    values |= {"head": header_cells(results), "groups": groups, "sections_of_sentences": sections, "crossed": tables}
+    values |= {"head": header_cells(results), "groups": groups, "verdicts": verdicts, "crossed": tables}
     values |= {"panels": [*panels.values()], "pictures": pictures, "beside": side_by_side(pictures)}
     values |= {"data_uri": data_uri, "facts_of_results": facts}
     html = render_page("report.html", **values)  # self-contained: a browser needs no network to show it
     text = [f"# {plain(title)}", description, plain(missing), as_markdown(results), *map(plain, notes)]
-    for heading, findings in sections.items():
+    for heading, findings in verdicts.items():
         text += [f"## {heading}"] * bool(findings)
         for metric, sentences in findings.items():
             text.append("\n".join([f"{plain(metric)}:\n", *(f"- {plain(sentence)}" for sentence in sentences)]))
@@ -118,7 +118,7 @@ def format_claims(results: Results) -> dict[str, list[str]]:
     for metric in results.metrics:
         if (lower := is_lower_better(metric)) is None:
             continue
-        for claim, difference in results.claimed(metric).items():
+        for claim, difference in results.differences_of_claims(metric).items():
             word = "yes" if difference.is_better(lower) else "no"
             first, second = results.claims[claim]
             sentence = difference.sentence(first, second, lower, num_digits(metric))

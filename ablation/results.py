@@ -179,7 +179,7 @@ class Results:
         """Difference of each variant to the baseline where it can be tested, corrected for the number of variants."""
         return self._differences_to(self.baseline, metric)
 
-    def claimed(self, metric: str) -> dict[str, Difference]:
+    def differences_of_claims(self, metric: str) -> dict[str, Difference]:
         """Difference of the two variants of each claim where it can be tested, corrected for the number of claims."""
         scores = {variant.name: variant.by_seed(metric) for variant in self.variants}
         pairs = {claim: [scores.get(name, {}) for name in names] for claim, names in self.claims.items()}

@@ -172,7 +172,7 @@ def test_each_claim_is_answered_by_the_pair_that_it_names(ablation):
     assert undecided.startswith("two are alike: undecided. UViT against USwin is undecided: ")
     scores = {name: values_of(ablation, name, metric) for name in ("UViT", "USwin")}
     pairs = [[fmean(by_seed[seed]) for seed in scores["UViT"]] for by_seed in scores.values()]
-    last = results.claimed(metric)["two are alike"]
+    last = results.differences_of_claims(metric)["two are alike"]
     assert last.num_seeds == 2
     assert last.p == pytest.approx(stats.ttest_rel(*pairs).pvalue)  # the largest of three p-values is not corrected
     for name in ("report.md", "report.html"):
