@@ -18,7 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from experiment.cli import run_main
 from machine import children
-from machine.atomic_files import unused_path
+from machine.atomic_files import sha256_of, unused_path
+from machine.checkpoint_folder import CHECKSUMS
 from machine.lock import Lock
 from settings import reads
 
@@ -84,7 +85,9 @@ def main(config: DemoConfig) -> None:
 
 
 def checkpoints() -> set[str]:
-    return {path.name for path in RUN.glob("checkpoints/[0-9]*")}
+    """Names of the checkpoints with hashes of their checksums, as a training of the user's may have the same steps."""
+    found = [(path.name, path / CHECKSUMS) for path in RUN.glob("checkpoints/[0-9]*")]
+    return {f"{name}-{sha256_of(checksums)}" if checksums.is_file() else name for name, checksums in found}
 
 
 def launch(program: str, *arguments: object) -> None:

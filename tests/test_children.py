@@ -205,6 +205,7 @@ def test_a_demo_deletes_what_a_demo_made_and_keeps_the_users_training(tmp_path, 
         if program != "train.py":
             raise Drawn
         (run / "checkpoints/00000500").mkdir(parents=True)
+        (run / "checkpoints/00000500/checksums.json").write_text("of the demo")
 
     def begin():
         with pytest.raises(Drawn):
@@ -221,6 +222,9 @@ def test_a_demo_deletes_what_a_demo_made_and_keeps_the_users_training(tmp_path, 
     (run / "checkpoints/00000900").mkdir()  # the demo's, that the user has gone on with
     begin()
     assert kept() == ["00000400", "00000500", "00000900"]
+    (run / "checkpoints/00000500/checksums.json").write_text("of a training of as many steps, begun anew")
+    begin()
+    assert kept() == ["00000400", "00000500", "00000500", "00000900"]
 
 
 def test_the_demos_help_is_help(tmp_path):
