@@ -73,7 +73,8 @@ def rotate(folder: Path, *, keep: int, keep_every: int = 0) -> None:
     best, num_whole = (folder / BEST).resolve(), 0
     for checkpoint in reversed(list_checkpoints(folder)):
         if num_whole < keep:
-            num_whole += find_damage(checkpoint) is None
+            with suppress(OSError):
+                num_whole += find_damage(checkpoint) is None
         elif not (keep_every > 0 and int(checkpoint.name) % keep_every == 0) and checkpoint.resolve() != best:
             _delete(checkpoint, "rotated.partial")
 
@@ -136,10 +137,11 @@ def mark_best(folder: Path, step: int | None) -> bool:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Describe what is wrong with a checkpoint's files; None if all checksums match."""
+    """Describe what is wrong with a checkpoint's files; None if all checksums match. Raises OSError if they cannot be
+    read, which may be so for a moment alone."""
     try:
         checksums = dict(json.loads((checkpoint / CHECKSUMS).read_text()))
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return f"{CHECKSUMS} is missing or damaged"
     for name, expected in checksums.items():
         path = checkpoint / name

@@ -20,6 +20,7 @@ from machine.checkpoint_folder import (
     list_checkpoints,
     mark_best,
     newest_intact,
+    rotate,
 )
 from models import ModelSpec
 from training.guard import Guard
@@ -125,6 +126,19 @@ def test_damaged_checkpoints_are_named_and_passed_over(saved, capsys, spoil, mes
     told = capsys.readouterr().out
     assert message in told
     assert str(newer) in told
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_moment_is_not_taken_for_damaged(saved, monkeypatch):
+    """Else the training would go on from an earlier one, and delete what was logged and drawn since."""
+    folder, trained = saved
+    newer = save(folder.parent, 2, *trained)
+    with monkeypatch.context() as moment:
+        moment.setattr(Path, "read_text", Mock(side_effect=OSError("Input/output error")))
+        with pytest.raises(OSError, match="Input/output error"):
+            newest_intact(folder.parent)
+        rotate(folder.parent, keep=1)
+    assert newest_intact(folder.parent) == newer
+    assert list_checkpoints(folder.parent) == [folder, newer]
 
 
 def test_what_a_kill_left_behind_is_cleared(saved):
