@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,14 @@ from processes import run
 from autoencoder_training.autoencoder_config import AutoencodingConfig
 from checkpoints.checkpoint import WEIGHTS, check_identity, make_metadata, read_metadata, save_tensors
 from experiment.cli import parse, parse_run
-from experiment.config import AuxiliaryConfig, DataConfig, ExperimentConfig, OptimConfig, SamplingConfig
+from experiment.config import (
+    AlignmentConfig,
+    AuxiliaryConfig,
+    DataConfig,
+    ExperimentConfig,
+    OptimConfig,
+    SamplingConfig,
+)
 from experiment.mappings import from_dict
 from experiment.run_config import with_resume
 from machine.checkpoint_folder import CheckpointError
@@ -110,6 +118,10 @@ def test_settings_of_before_a_change_are_remembered(stored):
     assert former_settings(checkpoint, asked(checkpoint, "diffusion")) == []
     changed = asked(checkpoint, "diffusion", *flags)
     assert former_settings(checkpoint, changed) == [first]
+    aligned = replace(changed, alignment=AlignmentConfig(weight=1.0))
+    other_loss = replace(aligned, auxiliary=[AuxiliaryConfig("feature_matching", 0.1)])
+    before = {"optim.lr": 1e-4, "auxiliary": [], "alignment.weight": 0.5}
+    assert former_settings(checkpoint, other_loss) == [{"until": 1, "settings": before}]
     save_tensors({"weight": torch.zeros(1)}, checkpoint / WEIGHTS, make_metadata(changed, 1, history=[first]))
     assert former_settings(checkpoint, changed) == [first]
     later = asked(checkpoint, "diffusion", *flags, "--train.batch_size", "64")

@@ -115,8 +115,8 @@ def images_seen(metadata: Mapping[str, str], step: int, batch_size: int) -> int:
 
 
 # Groups of settings that may change, and that results depend on.
-RECIPE = ("optim.", "train.", "loss.", "discriminator.")
-LENGTHS = {"train.num_steps", "train.num_epochs", "train.max_hours"}
+RECIPE = ("optim.", "train.", "loss.", "discriminator.", "auxiliary", "alignment.weight")
+LENGTHS_AND_PATHS = {"train.num_steps", "train.num_epochs", "train.max_hours", "alignment.weights_path"}
 
 
 def former_settings(checkpoint: Path, config: RunConfig) -> list[dict[str, Any]]:
@@ -124,7 +124,7 @@ def former_settings(checkpoint: Path, config: RunConfig) -> list[dict[str, Any]]
     metadata = read_metadata(checkpoint / WEIGHTS)
     history = json.loads(metadata.get("history", "[]"))
     former, now = (flatten(json.loads(text)) for text in (metadata.get("config", "{}"), json.dumps(config.to_dict())))
-    names = [name for name in former if name.startswith(RECIPE) and name not in LENGTHS and name in now]
+    names = [name for name in former if name.startswith(RECIPE) and name not in LENGTHS_AND_PATHS and name in now]
     changed = {name: former[name] for name in names if former[name] != now[name]}
     return [*history, {"until": int(checkpoint.name), "settings": changed}] if changed else history
 
