@@ -142,12 +142,15 @@ def score_samples(
     from evaluation import record
     from evaluation.likelihood import held_out_likelihood
     from evaluation.sources import from_images
+    from experiment.inputs import check_output
+    from machine.accelerator import from_main
     from machine.atomic_files import keeping
     from machine.lock import taking_turns
     from metrics.fidelity import class_distances
     from metrics.reference import write_adm
 
     accelerator = scorer.accelerator
+    from_main(accelerator, lambda: check_output("--output", output_of(config, samples, checkpoint)))
     inputs = open_inputs(config, samples, checkpoint, data, scorer)
     held_out, controls = inputs.held_out, inputs.controls
     extra: dict[str, Any] = {}

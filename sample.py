@@ -73,7 +73,9 @@ class SampleConfig:
 def main(config: SampleConfig) -> None:
     """Load the checkpoint, generate, and write the output."""
     with without_garbage_collection():
+        from experiment import inputs
         from experiment.build import merge_data_flags, open_split
+        from machine.accelerator import from_main
         from sampling.generation import stream
         from sampling.grids import save_grid
         from sampling.interpolation import interpolate
@@ -92,6 +94,7 @@ def main(config: SampleConfig) -> None:
     def output_of(name: str) -> Path:
         return output_path or checkpoint.run / f"{name}{checkpoint.output_suffix}.png"
 
+    from_main(accelerator, lambda: inputs.check_output("--output", output_of("samples")))
     overrides = set_values(config.sampling)
     generator = pipeline.generator(config.classes, config.num_per_class, seed=config.seed, **overrides)
     labels, classes = generator.labels, generator.labels.unique_consecutive().tolist()
@@ -161,7 +164,7 @@ def save_samples(
             keep=keep,
         )
     elif output.suffix.lower() == ".npz":
-        save_npz(batches, labels, checkpoint.classes, output)
+        save_npz(batches, labels, checkpoint.classes, output, checkpoint.weights_sha256)
     else:
         save_folder(batches, names, output)
 

@@ -26,7 +26,8 @@ from evaluation.sources import Source, from_dataset, reconstructions
 from evaluation.table import number
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
-from machine.accelerator import indices_of_process
+from experiment.inputs import check_output
+from machine.accelerator import from_main, indices_of_process
 from machine.atomic_files import keeping
 from machine.lock import taking_turns
 from machine.precision import to_float64
@@ -173,6 +174,8 @@ def measure_autoencoders(
     Autoencoders, networks and data are opened first, so that what is missing is reported before anything is measured.
     """
     codecs = [open_codec(name, data.image_size) for name in dict.fromkeys(names)]
+    path = Path(output) if output else default_output(codecs)
+    from_main(accelerator, lambda: check_output("--output", path))
     distance = open_distance(*perceptual, accelerator.device)
     scorer, reference = open_scorer(data, accelerator, evaluation)
     held_out = open_split(data, "test", accelerator)
@@ -189,7 +192,6 @@ def measure_autoencoders(
     if not accelerator.is_main_process:
         return ""
 
-    path = Path(output) if output else default_output(codecs)
     pictures = [path.with_name(f"{path.stem}-{name}.png") for name in ("reconstructions", "spectrum")]
     frequencies = spatial_frequencies(data.image_size, data.image_size).tolist()
     powers = {"held-out images": measured[codecs[0].source].power}

@@ -23,7 +23,7 @@ from experiment.config import EvaluationConfig, SamplingConfig
 from machine.atomic_files import sha256_of
 from machine.randomness import generator_for
 from metrics.image_batches import ImageBatch, Images, image_batches, split_into_batches
-from metrics.npz import images_in, labels_in, read_arrays
+from metrics.npz import images_in, labels_in, read_arrays, weights_in
 from sampling.checks import resolve_sampling
 from sampling.generation import Generator, create_generator
 from sampling.labels import sample_labels
@@ -150,7 +150,7 @@ def read_samples(path: str, image_size: int, num: int | None, seed: int = 0) -> 
     if "classes" in arrays and arrays["classes"].size:
         strata, classes = labels_in(arrays, flag)
     index = stratified(strata, min(num or len(images), len(images)), seed)
-    identity = {"kind": "npz", "path": path, "sha256": sha256_of(Path(path))}
+    identity = {"kind": "npz", "path": path, "sha256": sha256_of(Path(path)), **weights_in(arrays)}
     return from_images(images, Path(path).name, index, labels=strata, classes=classes, **identity)
 
 

@@ -94,7 +94,7 @@ def check_inputs(config: Any, prefix: str = "--") -> None:
                     raise ValueError(f"{prefix}{setting.name} {part}{kind.problem}")
 
 
-def check_output(flag: str, path: Path, endings: Sequence[str]) -> None:
+def check_output(flag: str, path: Path, endings: Sequence[str] = ()) -> None:
     """Raise ValueError, naming the flag, unless a file with one of these endings can be written at the path."""
     if endings and (path.suffix.lower() not in endings or path.is_dir()):
         raise ValueError(f"{flag} {path}: give {' or '.join(f'FILE{ending}' for ending in endings)}")

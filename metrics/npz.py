@@ -1,5 +1,5 @@
 """Images and labels in npz files, in ADM's format (Dhariwal and Nichol 2021): `arr_0` [n h w 3], `arr_1` [n], and as
-sample.py adds them, the names of the `classes`."""
+sample.py adds them, the names of the `classes` and the hash of the weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +10,7 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 Arrays = Mapping[str, np.ndarray]
+WEIGHTS_HASH = "weights_sha256"  # array with the hash of the weights that generated the images
 
 
 def read_arrays(path: Path, flag: str) -> dict[str, np.ndarray]:
@@ -26,6 +27,11 @@ def images_in(arrays: Arrays, flag: str) -> UInt8[Tensor, "n 3 h w"]:
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
         raise ValueError(f"{flag}: arr_0 is {array.dtype} {list(array.shape)}, not uint8 [n h w 3]")
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()
+
+
+def weights_in(arrays: Arrays) -> dict[str, str]:
+    """The hash of the weights that generated the images, as an entry of a record; empty if the file has none."""
+    return {WEIGHTS_HASH: str(arrays[WEIGHTS_HASH])} if WEIGHTS_HASH in arrays else {}
 
 
 def labels_in(arrays: Arrays, flag: str) -> tuple[Int64[Tensor, " n"], list[str]]:

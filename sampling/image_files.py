@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from machine.atomic_files import atomic_path, check_empty, join_inside
+from metrics.npz import WEIGHTS_HASH
 
 
 def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[str], folder: Path) -> None:
@@ -30,9 +31,18 @@ def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[s
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
 
 
-def save_npz(batches: Iterable[UInt8[Tensor, "b 3 h w"]], labels: Tensor, classes: list[str], path: Path) -> None:
-    """Save ADM's `arr_0` [n h w 3] and, with classes, `arr_1` [n], which are labels, and `classes`, their names. Images
-    are written batch by batch, as they may exceed the memory. Other samples of that name are kept."""
+def save_npz(
+    batches: Iterable[UInt8[Tensor, "b 3 h w"]],
+    labels: Tensor,
+    classes: list[str],
+    path: Path,
+    weights: str | None = None,
+) -> None:
+    """Save ADM's `arr_0` [n h w 3]; with classes `arr_1` [n], which are labels, and `classes`, their names; and
+    `weights_sha256`, the hash of the `weights` that generated the images. These are written batch by batch, as they may
+    exceed the memory. Other samples of that name are kept."""
+    others = {"arr_1": labels.numpy(), "classes": np.array(classes)} if classes else {}
+    others |= {WEIGHTS_HASH: np.array(weights)} if weights else {}
     with atomic_path(path, keep=True) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as file:
             for index, images in enumerate(batches):
@@ -41,7 +51,6 @@ def save_npz(batches: Iterable[UInt8[Tensor, "b 3 h w"]], labels: Tensor, classe
                     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *pixels.shape[1:])}
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(pixels.data)
-        if classes:
-            for name, array in {"arr_1": labels.numpy(), "classes": np.array(classes)}.items():
-                with archive.open(f"{name}.npy", "w") as file:
-                    np.lib.format.write_array(file, array)
+        for name, array in others.items():
+            with archive.open(f"{name}.npy", "w") as file:
+                np.lib.format.write_array(file, array)

@@ -64,7 +64,9 @@ def main(config: RecogniseConfig) -> None:
         raise ValueError("nothing to do: give --samples NPZ, or --classifier FILE or --output JSON to keep")
     real, held_out = (open_split(config.data, split) for split in ("train", "test"))
     classes = real.classes
-    samples, labels = read_samples(config.samples, classes) if config.samples else (torch.zeros(0), torch.zeros(1))
+    samples, labels, origin = torch.zeros(0), torch.zeros(1), {}
+    if config.samples:
+        samples, labels, origin = read_samples(config.samples, classes)
     if len(classes) < 2 or labels.max() >= len(classes):
         raise ValueError(
             f"--data.path {config.data.path}: its classes are {', '.join(classes) or 'none'}, and the samples' labels "
@@ -105,6 +107,7 @@ def main(config: RecogniseConfig) -> None:
         correct = (classifier.predict(samples) == labels).float()
         per_class = {classes[label]: correct[labels == label].mean().item() for label in labels.unique().tolist()}
         figures |= {"class_agreement": correct.mean().item(), "num_samples": len(samples), "per_class": per_class}
+        figures |= {"samples": origin}
         print(f"It takes {correct.mean():.2%} of {len(samples)} samples for the class asked for.")
     if config.output:
         write_atomic(config.output, json.dumps(figures, indent=2) + "\n", keep=True)
@@ -114,14 +117,17 @@ def default_epochs(num_images: int, batch_size: int = 64, num_steps: int = 125) 
     return max(4, -(-num_steps // -(-num_images // batch_size)))
 
 
-def read_samples(path: Path, classes: list[str]) -> tuple[Any, Any]:
-    """Read images [n 3 h w] and their labels. If the file names its classes, labels are translated to `classes`."""
+def read_samples(path: Path, classes: list[str]) -> tuple[Any, Any, dict[str, str]]:
+    """Read images [n 3 h w], their labels, and hashes of the file and of the weights that generated them. If the file
+    names its classes, labels are translated to `classes`."""
     from data.subsets import map_labels
-    from metrics.npz import images_in, labels_in, read_arrays
+    from machine.atomic_files import sha256_of
+    from metrics.npz import images_in, labels_in, read_arrays, weights_in
 
     arrays = read_arrays(path, f"--samples {path}")
     images, (labels, names) = images_in(arrays, f"--samples {path}"), labels_in(arrays, f"--samples {path}")
-    return images, map_labels(labels, names, classes, f"--samples {path}") if names else labels
+    labels = map_labels(labels, names, classes, f"--samples {path}") if names else labels
+    return images, labels, {"sha256": sha256_of(path), **weights_in(arrays)}
 
 
 if __name__ == "__main__":

@@ -44,12 +44,15 @@ def main(config: ReconstructConfig) -> None:
     from checkpoints.averages import first_step, gamma_from_sigma_rel, reconstruction_weights
     from checkpoints.checkpoint import open_checkpoint, read_metadata, read_tensors, save_tensors
     from checkpoints.training_state import list_snapshots
+    from experiment.inputs import check_output
     from machine.atomic_files import atomic_path
 
     run, sigma_rel, step = config.run, config.sigma_rel, config.step
     files = list_snapshots(run)
     if not files:
         raise ValueError(f"--run {run}: no snapshots in it; train with --train.ema_profiles '[0.05, 0.1]'")
+    path = config.output or run / f"ema-{sigma_rel:g}{'' if step is None else f'-{step}'}.safetensors"
+    check_output("--output", path)
     last = max(files) if step is None else step
     if last not in files:
         raise ValueError(f"--step {step}: no snapshot of it; there are {', '.join(map(str, files))}")
@@ -75,7 +78,6 @@ def main(config: ReconstructConfig) -> None:
                 total[name] = total.get(name, 0.0) + coefficient * tensor.double()
             else:
                 total[name] = tensor
-    path = config.output or run / f"ema-{sigma_rel:g}{'' if step is None else f'-{step}'}.safetensors"
     rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
     with atomic_path(path, keep=True) as partial:  # scores may be of the average up to an earlier step
         save_tensors(rounded, partial, {**metadata, "step": str(last), "sigma_rel": f"{sigma_rel:g}"})

@@ -177,7 +177,7 @@ def published(checkpoint: Any, folder: Path) -> Path:
 
 def read_scores(paths: list[Path], checkpoint: Any) -> tuple[dict[str, tuple[str, float]], str]:
     """Return text and value of each score in files of evaluate.py or recognise.py, and how samples were drawn. Raises
-    ValueError for scores of other weights."""
+    ValueError for scores of other weights, or of samples that were drawn in several ways."""
     from sharing.model_card import format_sampling, listed, score_texts
 
     values, sampling = {}, {}
@@ -195,7 +195,12 @@ def read_scores(paths: list[Path], checkpoint: Any) -> tuple[dict[str, tuple[str
         if "class_agreement" in record:
             share, num = record["class_agreement"], record["num_samples"]
             values["class_agreement"] = f"{share:.3f} of {num} samples", share
-        sampling = sampling or format_sampling(checkpoint, samples)
+        drawn = {name: value for name, value in format_sampling(checkpoint, samples).items() if value is not None}
+        if sampling and drawn and drawn != sampling:
+            raise ValueError(
+                f"--scores {path}: its samples were drawn otherwise: {listed(drawn)}, not {listed(sampling)}"
+            )
+        sampling = sampling or drawn
     return values, listed(sampling).replace("\\", "")
 
 

@@ -1,6 +1,7 @@
 """evaluate.py as a user runs it, and mistakes made with each entry point."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -294,6 +295,16 @@ def test_settings_that_cannot_be_scored_cost_no_others(folder, extractor):
     assert not list(folder.glob("diverged.json.unfinished*"))
     alone = run("evaluate.py", "--samples", "runs/tiny", *flags, "--guidance_scale", 1e38, cwd=folder, check=False)
     assert alone.returncode == 2
+
+
+def test_a_run_that_cannot_be_written_is_found_before_it_is_scored(folder, extractor, monkeypatch):
+    """Scores of a colleague's run had no record after hours."""
+    evaluate = script("evaluate.py")
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(Scorer, "extract", None)
+    with pytest.raises(ValueError, match=r"--output runs/tiny/scores\.json: nothing can be written in "):
+        evaluate.main(parse(evaluate.EvaluateConfig, ["--samples", "runs/tiny", "--extractor", str(extractor)]))
 
 
 def test_what_is_scored_outlives_the_process(folder, extractor, monkeypatch):

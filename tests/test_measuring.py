@@ -1,8 +1,11 @@
 """evaluate.py --autoencoder: numbers against direct computations, its files, and what is refused."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from pathlib import Path
+from threading import Event
 from unittest.mock import Mock
 
 import numpy as np
@@ -28,6 +31,8 @@ from evaluation.autoencoder_scores import (
 )
 from evaluation.scoring import Row
 from evaluation.sources import from_images
+from experiment.config import DataFlags
+from machine.lock import taking_turns
 from metrics.pixelwise import psnr, spectrum, ssim
 from metrics.programs import save_program
 from metrics.scores import DEFAULT, Score
@@ -63,6 +68,35 @@ def measured(tmp_path_factory):
     names = ("--autoencoder", "embedded,tiny", "--perceptual", "colors.pt", "--metrics", f"[{','.join(DEFAULT)},cas]")
     done = run("evaluate.py", *names, *flags, cwd=folder)
     return folder, done.stdout, json.loads((folder / "embedded-tiny-autoencoder.json").read_text())
+
+
+def settings(output):
+    """Settings of a short measurement in the folder of `measured`."""
+    few = DataFlags(num_images=5 * NUM, image_size=SIZE)
+    names = {"autoencoder": "tiny", "perceptual": "colors.pt", "extractor": "colors.pt", "metrics": ["fid"]}
+    return EVALUATE.EvaluateConfig(**names, num_samples=8, data=few, output=output)
+
+
+def test_measurements_with_one_output_write_their_files_in_turns(measured, monkeypatch):
+    """The record of one once lay beside the pictures of another."""
+    monkeypatch.chdir(measured[0])
+    arrived = Event()
+    monkeypatch.setattr(measuring, "taking_turns", lambda folder: arrived.set() or taking_turns(folder))
+    with ThreadPoolExecutor(1) as threads, taking_turns(Path("turns")):
+        done = threads.submit(EVALUATE.main, settings("turns/one.json"))
+        while not arrived.wait(0.1):
+            assert not done.done()
+        assert not [*Path("turns").iterdir()]
+    done.result()
+    written = {"one.json", "one-reconstructions.png", "one-spectrum.png"}
+    assert {path.name for path in Path("turns").iterdir()} == written
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(measured, monkeypatch):
+    monkeypatch.chdir(measured[0])
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"--output tiny/autoencoder\.json: nothing can be written in "):
+        EVALUATE.main(settings(None))
 
 
 @pytest.mark.parametrize(("row", "name"), [(0, "embedded"), (1, "tiny")])

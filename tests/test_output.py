@@ -20,8 +20,9 @@ from torch import nn
 
 from autoencoders.codec import AutoencoderError, PixelCodec
 from diffusion import GaussianDiffusion, sample
+from evaluation.sources import read_samples
 from experiment.config import SamplingConfig
-from machine.atomic_files import atomic_path, unused_path, write_atomic
+from machine.atomic_files import atomic_path, sha256_of, unused_path, write_atomic
 from sampling import generation
 from sampling.generation import Generator
 from sampling.grids import save_grid
@@ -60,6 +61,15 @@ def test_batches_become_an_npz_and_a_folder(tmp_path):
     save_folder(iter(IMAGES.split(2)), ["a", "a", "b/c", "b/c", "a"], tmp_path / "images")
     with Image.open(tmp_path / "images" / "b" / "c" / "000003.png") as image:
         assert np.array_equal(np.asarray(image), IMAGES[3].permute(1, 2, 0).numpy())
+
+
+def test_scores_of_an_npz_say_which_weights_drew_it(tmp_path):
+    """The zoo took what was recognised of another run's samples; a card went by the times of files."""
+    path = tmp_path / "x.npz"
+    save_npz([IMAGES[..., :4]], torch.arange(5), list("abcde"), path, "hash of the weights")
+    *_, origin = script("scripts/recognise.py").read_samples(path, list("abcde"))
+    assert origin == {"sha256": sha256_of(path), "weights_sha256": "hash of the weights"}
+    assert read_samples(str(path), 4, None).provenance.items() >= origin.items()
 
 
 def test_what_is_interrupted_leaves_nothing(tmp_path):

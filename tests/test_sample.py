@@ -1,6 +1,7 @@
 """sample.py as a user runs it."""
 
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -57,6 +58,15 @@ def test_samples_are_of_the_weights_that_were_opened_whatever_a_training_does_me
     assert read_weights_hash(Path("drawn.png")) == opened.weights_sha256
     with pytest.raises(CheckpointError, match="replaced while it was read"):
         opened.load_model()
+
+
+@pytest.mark.parametrize("mode", [{}, {"interpolate": 2}, {"reconstruct": 500.0}])
+def test_a_run_that_cannot_be_written_is_found_before_anything_is_drawn(folder, monkeypatch, mode):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(Generator, "denoise", None)
+    with pytest.raises(ValueError, match=r"--output runs/tiny/samples\.png: nothing can be written in "):
+        SAMPLE.main(SAMPLE.SampleConfig("runs/tiny", **mode))
 
 
 GATHERED = """

@@ -143,6 +143,9 @@ def test_what_the_zoo_cannot_index_or_compare_is_said(folder, index):
         ZOO.add("mine", run, config, recognised(index, 0.9), {}, images=0)
     with pytest.raises(ValueError, match="of other weights than"):
         ZOO.add("mine", run, config, recognised(index, 0.9, samples={"weights_sha256": "0"}), {})
+    first, second = (recognised(index, scale / 10, samples={"guidance_scale": scale}) for scale in (1, 3))
+    with pytest.raises(ValueError, match=r"0\.3\.json: its samples were drawn otherwise: guidance_scale 3, not .* 1"):
+        ZOO.add("mine", run, config, [*first, *second], {})
     with pytest.raises(ValueError, match=r"--name mine: not in zoo\.yaml, which has embedded"):
         ZOO.check("mine", run)
     with pytest.raises(ValueError, match=r"--scores none\.json: no file of evaluate\.py's or recognise\.py's --output"):
