@@ -92,6 +92,8 @@ def format_notes(results: Results) -> list[str]:
     if len(kinds := dict.fromkeys(samples)) > 1:
         listed = "; ".join(f"{num}, labels {labels}, {precision}" for num, labels, precision in kinds)
         notes.append(f"The runs were scored by different samples ({listed}): only scores of the same can be compared.")
+    if partly := [variant.name for variant in results.variants if variant.is_scored_in_part]:
+        notes.append(f"Trials without a score, empty in results.csv, are left out of the means of {', '.join(partly)}.")
     if results.num_objectives > 1:
         notes.append("Losses are of different objectives, or in other latents: only those of the same can be compared.")
     if extractor != "inception":

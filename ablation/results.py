@@ -99,7 +99,7 @@ class RunResult:
         trials = self.record["rows"][0]["trials"]
         scores = [{name: score["value"] for name, score in trial.items() if ", " not in name} for trial in trials]
         if losses := self.series("validation_loss")[1]:
-            scores[0]["validation_loss"] = losses[-1]
+            scores[0]["validation_loss"] = losses[-1] if math.isfinite(losses[-1]) else None
         if memorisation := self.record.get("memorisation"):
             scores[0]["closer to training images"] = memorisation["closer_to_training_than_held_out"]
         return scores
@@ -137,6 +137,12 @@ class VariantResult:
     def values(self, metric: str) -> list[float]:
         """Values of a metric over all seeds and trials."""
         return [value for run in self.runs for value in run.values(metric)]
+
+    @property
+    def is_scored_in_part(self) -> bool:
+        """Whether a metric has a value in some trials and none in others, as those of samples that diverged."""
+        known = {(name, value is None) for run in self.runs for trial in run.trials for name, value in trial.items()}
+        return any((name, not is_missing) in known for name, is_missing in known)
 
     def by_seed(self, metric: str) -> dict[int, float]:
         """Mean of a metric over the trials of each training seed."""

@@ -18,7 +18,7 @@ from scipy import stats
 from ablation.figures import _panels_by_setting
 from ablation.pictures import Pictures, read_pictures, save_side_by_side, side_by_side
 from ablation.report import format_claims, format_facts, format_findings, format_notes
-from ablation.results import holm, mean_and_interval, read_results
+from ablation.results import VariantResult, holm, mean_and_interval, read_results
 from ablation.study import AblationConfig
 from ablation.tables import as_markdown, as_tex, check_columns, cross_tabulate, header_cells, variant_cells
 from evaluation.plots import color, legend_columns, make_figure, marker
@@ -128,6 +128,17 @@ def test_what_is_not_as_usual_or_does_not_compare_is_said(ablation):
     results.runs[-1].plan["loss_of"] = {"autoencoder": "pixel"}
     assert format_facts(results)["sampling"] == f"{usual}, guidance_checkpoint None, runs/worse"
     assert of_losses in "".join(format_notes(results))
+    assert "left out" not in "".join(format_notes(results))
+    last = read_results(ablation).variants[-1].runs[-1]
+    last.record["rows"][0]["trials"][-1]["precision"] = score(None)  # beside trials and seeds that have one
+    results = replace(results, variants=[*results.variants[:-1], VariantResult("XSwin", [*results.runs[-2:-1], last])])
+    assert "are left out of the means of XSwin." in "".join(format_notes(results))
+
+
+def test_a_held_out_loss_that_is_no_number_is_no_score(ablation):
+    """In a test it would upset the order of all p-values."""
+    run = replace(read_results(ablation).runs[0], events=[{"step": 1, "validation_loss": math.nan}])
+    assert run.trials[0]["validation_loss"] is None
 
 
 def test_bold_is_what_is_decidedly_better_than_every_other(ablation):
