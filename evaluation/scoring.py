@@ -23,6 +23,7 @@ from evaluation.baselines import Controls
 from evaluation.sources import Source, from_dataset, from_images, reconstructions
 from experiment.build import open_split
 from experiment.config import DataConfig, EvaluationConfig
+from experiment.inputs import check_output
 from machine.accelerator import from_main, indices_of_process
 from metrics.features import Extractor, Features
 from metrics.fidelity import Scores, compute_scores
@@ -93,6 +94,7 @@ class Scorer:
         }
         path = reference_path(Path(data.cache) / "references", key)
         if from_main(self.accelerator, lambda: not path.exists()):
+            from_main(self.accelerator, lambda: check_output("--data.cache", path))
             source = from_dataset(dataset, f"{split} images")
             source = reconstructions(source, codec, self.accelerator.device) if codec else source
             features = self.extract(source)

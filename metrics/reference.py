@@ -7,6 +7,7 @@ another key or checksum is refused.
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ def fit_cached_probe(features: Features, num_classes: int, path: Path, key: Mapp
     labelled = features.labelled
     assert labelled is not None
     probe = fit_probe(labelled.features, labelled.labels, num_classes)
-    _save(vars(probe), path, key)
+    with suppress(OSError, ReferenceError):  # a complete cache may be shared, and not be written
+        _save(vars(probe), path, key)
     return probe
 
 

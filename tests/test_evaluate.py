@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -297,14 +298,18 @@ def test_settings_that_cannot_be_scored_cost_no_others(folder, extractor):
     assert alone.returncode == 2
 
 
-def test_a_run_that_cannot_be_written_is_found_before_it_is_scored(folder, extractor, monkeypatch):
-    """Scores of a colleague's run had no record after hours."""
+def test_folders_that_cannot_be_written_are_found_before_anything_is_scored(folder, extractor, tmp_path, monkeypatch):
+    """Scores of a colleague's run, and features of a reference for a shared cache, were lost after hours."""
     evaluate = script("evaluate.py")
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) == tmp_path)
     monkeypatch.setattr(Scorer, "extract", None)
+    flags = ["--samples", "runs/tiny", "--extractor", str(extractor)]
     with pytest.raises(ValueError, match=r"--output runs/tiny/scores\.json: nothing can be written in "):
-        evaluate.main(parse(evaluate.EvaluateConfig, ["--samples", "runs/tiny", "--extractor", str(extractor)]))
+        evaluate.main(parse(evaluate.EvaluateConfig, flags))
+    flags += ["--output", str(tmp_path / "scores.json"), "--data.cache", "shared"]
+    with pytest.raises(ValueError, match=r"--data.cache shared/references/shapes-.*: nothing can be written in "):
+        evaluate.main(parse(evaluate.EvaluateConfig, flags))
 
 
 def test_what_is_scored_outlives_the_process(folder, extractor, monkeypatch):

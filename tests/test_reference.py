@@ -1,6 +1,7 @@
 """Reference files: read back as written, and refused if they belong to something else."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -192,6 +193,10 @@ def test_a_probe_is_fitted_once_and_read_again(tmp_path, monkeypatch):
     labels = torch.arange(30) % 3
     features = Features.of(torch.randn(30, 4, generator=generator) + labels[:, None], labels=labels)
     file, key = tmp_path / "train-0.safetensors", {"source": "train"}
+    with monkeypatch.context() as read_only:
+        read_only.setattr("metrics.reference.save_file", Mock(side_effect=PermissionError("read-only")))
+        fit_cached_probe(features, 3, file, key)
+    assert not [*tmp_path.iterdir()]
     fitted = fit_cached_probe(features, 3, file, key)
     whole = fit_probe(features.features, labels, 3)
     assert all(torch.equal(getattr(fitted, name), value) for name, value in vars(whole).items())
