@@ -1,6 +1,7 @@
 """Checkpoint folders, one per step: written under a temporary name with checksums, then renamed; verified before
 they are read."""
 
+import errno
 import json
 import math
 import os
@@ -170,9 +171,12 @@ def checkpoint_to_resume(run: Path) -> Path:
 
 
 def _fsync(path: Path) -> None:
-    """Flush to disk, so that after a power loss a renamed folder is never empty."""
+    """Flush to disk, so that after a power loss a renamed folder is never empty; not all file systems flush folders."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (path.is_dir() and error.errno == errno.EINVAL):
+            raise
     finally:
         os.close(handle)

@@ -1,6 +1,7 @@
 import errno
 import os
 import shutil
+import stat
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
@@ -188,6 +189,19 @@ def test_failed_save_leaves_the_last_checkpoint_alone(saved, monkeypatch, error,
     with pytest.raises(OSError, match=rf"could not be written .*{remedy} and --resume"):
         save(folder.parent, 2, *trained)
     assert [path.name for path in folder.parent.iterdir()] == ["00000001"]
+
+
+def test_a_file_system_that_cannot_flush_folders_takes_checkpoints(saved, monkeypatch):
+    folder, trained = saved
+    fsync = os.fsync
+
+    def flush(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    assert save(folder.parent, 2, *trained) == newest_intact(folder.parent)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError("stale file handle")])
