@@ -51,8 +51,8 @@ def main(config: ReconstructConfig) -> None:
     files = list_snapshots(run)
     if not files:
         raise ValueError(f"--run {run}: no snapshots in it; train with --train.ema_profiles '[0.05, 0.1]'")
-    path = config.output or run / f"ema-{sigma_rel:g}{'' if step is None else f'-{step}'}.safetensors"
-    check_output("--output", path)
+    output = config.output or run / f"ema-{sigma_rel:g}{'' if step is None else f'-{step}'}.safetensors"
+    check_output("--output", output)
     last = max(files) if step is None else step
     if last not in files:
         raise ValueError(f"--step {step}: no snapshot of it; there are {', '.join(map(str, files))}")
@@ -79,10 +79,10 @@ def main(config: ReconstructConfig) -> None:
             else:
                 total[name] = tensor
     rounded = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in total.items()}
-    with atomic_path(path, keep=True) as partial:  # scores may be of the average up to an earlier step
+    with atomic_path(output, keep=True) as partial:  # scores may be of the average up to an earlier step
         save_tensors(rounded, partial, {**metadata, "step": str(last), "sigma_rel": f"{sigma_rel:g}"})
-    open_checkpoint(path)
-    print(f"sigma_rel {sigma_rel:g} up to step {last}, from {len(files) * len(lengths)} snapshots: {path}")
+    open_checkpoint(output)
+    print(f"sigma_rel {sigma_rel:g} up to step {last}, from {len(files) * len(lengths)} snapshots: {output}")
 
 
 if __name__ == "__main__":
