@@ -120,12 +120,13 @@ def format_claims(results: Results) -> dict[str, list[str]]:
     for metric in results.metrics:
         if (lower := is_lower_better(metric)) is None:
             continue
-        for claim, difference in results.differences_of_claims(metric).items():
-            word = "yes" if difference.is_better(lower) else "no"
-            first, second = results.claims[claim]
-            sentence = difference.sentence(first, second, lower, num_digits(metric))
-            answer = f"{claim}: {word if difference.is_decided else 'undecided'}. {sentence}"
-            answers.setdefault(column_title(metric), []).append(answer)
+        differences = results.differences_of_claims(metric)
+        for claim, (first, second) in results.claims.items():
+            word, sentence = "undecided", f"{first} and {second} have no two seeds in common whose differences vary"
+            if difference := differences.get(claim):
+                word = ("yes" if difference.is_better(lower) else "no") if difference.is_decided else word
+                sentence = difference.sentence(first, second, lower, num_digits(metric))
+            answers.setdefault(column_title(metric), []).append(f"{claim}: {word}. {sentence}")
     return answers
 
 

@@ -94,8 +94,8 @@ class RunResult:
 
     @cached_property
     def trials(self) -> list[dict[str, float | None]]:
-        """Scores of each trial by metric, without those of halves; the first also has the last
-        held-out loss and the share of memorisation."""
+        """Scores of each trial by metric, without those of halves; the first also has the last held-out loss
+        and the share of memorisation."""
         trials = self.record["rows"][0]["trials"]
         scores = [{name: score["value"] for name, score in trial.items() if ", " not in name} for trial in trials]
         if losses := self.series("validation_loss")[1]:
