@@ -55,11 +55,14 @@ class SmallClassifier(nn.Module):
         return self.to_features(self.stages(pixels).mean(dim=(2, 3)))
 
     @torch.no_grad()
-    def predict(self, images: UInt8[Tensor, "n 3 h w"]) -> Int64[Tensor, " n"]:
-        """Return classes; if it learned from mirrored images too, by the mean over each image and its mirror image."""
+    def probabilities(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n k"]:
+        """Return class probabilities; if it learned from mirrored images too, means over each image and its mirror
+        image."""
         views = [images, images.flip(-1)] if self.mirrors else [images]
-        shares = [torch.cat([self(batch)[1] for batch in view.split(256)]) for view in views]
-        return sum(shares, torch.zeros(())).argmax(dim=1)
+        return torch.stack([torch.cat([self(batch)[1] for batch in view.split(256)]) for view in views]).mean(dim=0)
+
+    def predict(self, images: UInt8[Tensor, "n 3 h w"]) -> Int64[Tensor, " n"]:
+        return self.probabilities(images).argmax(dim=1)
 
     def save(self, path: str | Path) -> Path:
         """Save a file for `--extractor`: a torch.export program if it ends in `.pt2`, otherwise TorchScript."""

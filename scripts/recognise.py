@@ -1,4 +1,4 @@
-"""Measure how often a small classifier, trained on the real images, recognises samples as their class.
+"""Measure how often a small classifier, trained on the real images, takes samples for their class, and how sure it is.
 
 python scripts/recognise.py --samples samples.npz --data.path mnist.zip --data.image_size 28
 python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --width 48 --mirror true --thorough true \
@@ -20,7 +20,8 @@ from settings import SEEDS, reads, within, writes
 
 @dataclass(frozen=True)
 class RecogniseConfig:
-    """Train a small classifier on real images, and measure its accuracy on held-out images and on labelled samples.
+    """Train a small classifier on real images, and measure its accuracy on held-out images and on labelled samples. Of
+    samples with and without labels, it also measures how sure it is, and how many classes they show.
 
     Args:
         samples: npz of sample.py; without it only the classifier is trained
@@ -64,13 +65,14 @@ def main(config: RecogniseConfig) -> None:
         raise ValueError("nothing to do: give --samples NPZ, or --classifier FILE or --output JSON to keep")
     real, held_out = (open_split(config.data, split) for split in ("train", "test"))
     classes = real.classes
-    samples, labels, origin = torch.zeros(0), torch.zeros(1), {}
+    samples, labels, origin = torch.zeros(0), None, {}
     if config.samples:
         samples, labels, origin = read_samples(config.samples, classes)
-    if len(classes) < 2 or labels.max() >= len(classes):
+    largest = 1 if labels is None else int(labels.max())
+    if len(classes) < 2 or largest >= len(classes):
         raise ValueError(
             f"--data.path {config.data.path}: its classes are {', '.join(classes) or 'none'}, and the samples' labels "
-            f"run up to {labels.max()}; give the images that the model was trained on"
+            f"run up to {largest}; give the images that the model was trained on"
         )
     if config.samples and (side := config.data.image_size) != samples.shape[-1]:
         size = samples.shape[-1]
@@ -94,7 +96,8 @@ def main(config: RecogniseConfig) -> None:
         classifier.save(config.classifier)
     if config.perceptual:
         classifier.save_perceptual(config.perceptual)
-    accuracy = (classifier.predict(read(held_out)) == held_out.labels).float().mean().item()
+    real_probabilities = classifier.probabilities(read(held_out))
+    accuracy = (real_probabilities.argmax(dim=1) == held_out.labels).float().mean().item()
     figures: dict[str, Any] = {"held_out_accuracy": accuracy, "num_held_out": len(held_out)}
     guessing = held_out.labels.bincount().max().item() / len(held_out)
     print(
@@ -104,11 +107,20 @@ def main(config: RecogniseConfig) -> None:
     for path in filter(None, (config.classifier, config.perceptual)):
         print(f"saved: {path}")
     if config.samples:
-        correct = (classifier.predict(samples) == labels).float()
-        per_class = {classes[label]: correct[labels == label].mean().item() for label in labels.unique().tolist()}
-        figures |= {"class_agreement": correct.mean().item(), "num_samples": len(samples), "per_class": per_class}
-        figures |= {"samples": origin}
-        print(f"It takes {correct.mean():.2%} of {len(samples)} samples for the class asked for.")
+        probabilities = classifier.probabilities(samples)
+        figures |= {"num_samples": len(samples), "samples": origin}
+        if labels is not None:
+            correct = (probabilities.argmax(dim=1) == labels).float()
+            per_class = {classes[label]: correct[labels == label].mean().item() for label in labels.unique().tolist()}
+            figures |= {"class_agreement": correct.mean().item(), "per_class": per_class}
+            print(f"It takes {correct.mean():.2%} of {len(samples)} samples for the class asked for.")
+        (sure, shown), (real_sure, real_shown) = map(sureness, (probabilities, real_probabilities))
+        figures |= {"confidence": sure, "held_out_confidence": real_sure}
+        figures |= {"classes_shown": shown, "held_out_classes_shown": real_shown}
+        print(
+            f"It is {sure:.2f} sure of {len(samples)} samples, {real_sure:.2f} of held-out images; they show "
+            f"{shown:.1f} and {real_shown:.1f} of {len(classes)} classes."
+        )
     if config.output:
         write_atomic(config.output, json.dumps(figures, indent=2) + "\n", keep=True)
 
@@ -117,17 +129,29 @@ def default_epochs(num_images: int, batch_size: int = 64, num_steps: int = 125) 
     return max(4, -(-num_steps // -(-num_images // batch_size)))
 
 
+def sureness(probabilities: Any) -> tuple[float, float]:
+    """Return the mean of the largest of the class probabilities [n k], and the effective number of classes that are
+    named: the exponential of the entropy of their shares, k if all are named equally often, 1 if always the same is."""
+    import torch
+
+    sure, named = probabilities.max(dim=1)
+    shares = named.bincount(minlength=probabilities.shape[1]) / len(named)
+    return sure.mean().item(), torch.special.entr(shares).sum().exp().item()
+
+
 def read_samples(path: Path, classes: list[str]) -> tuple[Any, Any, dict[str, str]]:
-    """Read images [n 3 h w], their labels, and hashes of the file and of the weights that generated them. If the file
-    names its classes, labels are translated to `classes`."""
+    """Read images [n 3 h w], their labels, or None without, and hashes of the file and of the weights that generated
+    them. If the file names its classes, labels are translated to `classes`."""
     from data.subsets import map_labels
     from machine.atomic_files import sha256_of
     from metrics.npz import images_in, labels_in, read_arrays, weights_in
 
     arrays = read_arrays(path, f"--samples {path}")
-    images, (labels, names) = images_in(arrays, f"--samples {path}"), labels_in(arrays, f"--samples {path}")
-    labels = map_labels(labels, names, classes, f"--samples {path}") if names else labels
-    return images, labels, {"sha256": sha256_of(path), **weights_in(arrays)}
+    images, origin = images_in(arrays, f"--samples {path}"), {"sha256": sha256_of(path), **weights_in(arrays)}
+    if "arr_1" not in arrays:
+        return images, None, origin
+    labels, names = labels_in(arrays, f"--samples {path}")
+    return images, map_labels(labels, names, classes, f"--samples {path}") if names else labels, origin
 
 
 if __name__ == "__main__":

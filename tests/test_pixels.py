@@ -96,6 +96,9 @@ def test_samples_of_the_wrong_class_are_not_recognised(folder):
     assert found["held_out_accuracy"] > 0.9
     assert found["class_agreement"] == pytest.approx(0.5, abs=0.05)
     assert set(found["per_class"]) == set(shapes.classes)
+    assert found["classes_shown"] > 9  # held-out images, which show all ten equally often
+    assert found["confidence"] == pytest.approx(found["held_out_confidence"])
+    assert f"{found['confidence']:.2f} sure of 100 samples" in done.stdout
     assert "of 100 held-out images; to name the most frequent class is right about 10.00%" in done.stdout
     assert done.stdout.splitlines()[1:3] == ["saved: shapes.pt2", "saved: features.pt2"]
     assert (folder / "shapes.pt2").is_file()
@@ -106,6 +109,24 @@ def test_samples_of_the_wrong_class_are_not_recognised(folder):
     features.sum().backward()
     assert image.grad is not None
     assert image.grad.abs().sum() > 0
+
+
+def test_how_sure_a_classifier_is_and_how_many_classes_it_names():
+    """Two of four classes, one of them three times as often: exp(H(3/4, 1/4))."""
+    probabilities = torch.tensor([[0.7, 0.3, 0, 0], [0.5, 0.3, 0.2, 0], [1, 0, 0, 0], [0.1, 0.6, 0.2, 0.1]])
+    sure, shown = script("scripts/recognise.py").sureness(probabilities)
+    assert sure == pytest.approx(0.7)
+    assert shown == pytest.approx(4 / 3**0.75)
+
+
+def test_samples_without_labels_have_a_confidence_alone(folder):
+    np.savez(folder / "unlabelled.npz", arr_0=np.full((3, 16, 16, 3), 200, np.uint8))
+    flags = ("--data.num_images", 60, "--data.image_size", 16, "--epochs", 1, "--width", 2, "--side", 16)
+    done = run("scripts/recognise.py", "--samples", "unlabelled.npz", *flags, "--output", "sure.json", cwd=folder)
+    found = json.loads((folder / "sure.json").read_text())
+    assert "class_agreement" not in found
+    assert found["classes_shown"] == pytest.approx(1)  # three times the same
+    assert "they show 1.0 and" in done.stdout
 
 
 def test_few_images_are_seen_more_than_four_times():
