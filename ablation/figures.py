@@ -11,7 +11,7 @@ from matplotlib.ticker import EngFormatter
 
 from ablation.results import Results, RunResult, VariantResult, mean_and_interval, sample_std
 from evaluation.plots import INK, STYLE, WIDTH, color, figure_to_svg, make_figure, marker
-from metrics.scores import column_title, find_metric
+from metrics.scores import METRICS, column_title, find_metric
 
 MAX_POINTS = 400
 Panel = Callable[[Results, Any], bool]  # draws on matplotlib axes; False: there was nothing to draw
@@ -61,7 +61,7 @@ def plot_score_by_compute(results: Results, axes: Any) -> bool:
     """Score by training FLOPs: the first metric with at least two points in some training, else the final scores."""
     axes.set(xlabel="arithmetic of training")
     axes.xaxis.set_major_formatter(EngFormatter("FLOP"))
-    scores = [metric for metric in results.metrics if metric != "validation_loss"]  # which has a panel of its own
+    scores = [metric for metric in results.metrics if find_metric(metric)[0] in METRICS]
     if metric := next((m for m in scores if any(len(run.series(m)[0]) > 1 for run in results.runs)), None):
         axes.set_ylabel(column_title(metric))
         return _lines(results, axes, metric, training_flops)

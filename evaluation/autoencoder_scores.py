@@ -36,14 +36,13 @@ from metrics.downloads import network_timeout
 from metrics.features import Extractor
 from metrics.perceptual import NETWORKS, perceptual_network
 from metrics.pixelwise import WINDOW, psnr, spatial_frequencies, spectrum, ssim
-from metrics.scores import METRICS, Score, find_metric, metric_name
+from metrics.scores import METRICS, Score, find_metric, is_lower_better, metric_name
 from sampling.grids import save_labelled
 
 ACTIVE = 0.01  # a channel whose posterior mean varies less over images is dead (Burda et al. 2016, section 5.2)
 AMPLIFICATION = 3  # of the differences in the picture of reconstructions, which are drawn around grey
 COLUMNS = 10
-# Metrics to compare autoencoders by, best first, and whether higher is better; the first that all have is used.
-DECIDING = {"agreement": True, "fid": False, "lpips": False, "psnr": True}
+DECIDING = ("agreement", "fid", "lpips", "psnr")  # to compare autoencoders by; the first that all have is used
 PSNR_MARGIN = 1.0  # in dB
 TENTH = "psnr_images_tenth"  # key of an autoencoder's metrics.json: 10th percentile of PSNR on its own held-out images
 
@@ -358,7 +357,7 @@ def recommend(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
     def speed(row: Row) -> float:
         return row.settings["decode img/s"]
 
-    best = (max if DECIDING[metric] else min)(rows, key=value)
+    best = (min if is_lower_better(metric) else max)(rows, key=value)
     tied = [row for row in rows if abs(value(row) - value(best)) <= 2 * hypot(error(row), error(best))]
     sharpness = {row.name: row.scores["psnr"].value or 0.0 for row in tied if "psnr" in row.scores}
     sharp = [row for row in tied if sharpness.get(row.name, 0.0) >= max(sharpness.values(), default=0.0) - PSNR_MARGIN]

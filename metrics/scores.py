@@ -124,6 +124,11 @@ METRICS: dict[str, Metric] = {
     "cas": Metric(TAUGHT, "higher", elsewhere=("cas", "cas"), teaches=True, **CLASSES),
 }
 METRICS = {name: replace(row, summary=SUMMARIES[name]) for name, row in METRICS.items()}
+OTHER_SCORES = {  # not of samples: a training's loss on held-out images, and how an autoencoder reconstructs them
+    "validation_loss": Metric("training.inspection:Inspections.validate", "lower", title="held-out loss", digits=4),
+    "psnr": Metric("metrics.pixelwise:psnr", "higher"),
+    "lpips": Metric("metrics.perceptual:LPIPSFeatures", "lower"),
+}
 DEFAULT = tuple(METRICS)[:8]  # without metrics that are slow, need classes, or are registered from outside
 HELP = "of " + "; ".join(f"{name} ({row.better} is better): {row.summary}" for name, row in METRICS.items())
 
@@ -150,24 +155,20 @@ def metric_name(metric: str, kind: str, extractor: str) -> str:
 def find_metric(score: str) -> tuple[str, Metric | None]:
     """Return name and row, None if unknown, of the metric of a score such as "frechet_distance[vgg16]"."""
     name = score.partition("[")[0].partition(",")[0]
-    for metric, row in METRICS.items():
+    for metric, row in {**METRICS, **OTHER_SCORES}.items():
         if name == metric or (row.elsewhere and name == row.elsewhere[0]):
             return metric, row
     return name, None
 
 
 def is_lower_better(score: str) -> bool | None:
-    """Whether lower is better for a score, with any extractor, or for a validation loss; None if unknown."""
-    if score.startswith("validation_"):
-        return True
+    """Whether lower is better for a score, with any extractor; None if unknown."""
     row = find_metric(score)[1]
     return None if row is None else row.better == "lower"
 
 
 def column_title(score: str) -> str:
     """Return the heading of a score's column, with an arrow that points to better values."""
-    if score == "validation_loss":
-        return "held-out loss ↓"
     name, row = find_metric(score)
     if row is None:
         return name
@@ -177,4 +178,4 @@ def column_title(score: str) -> str:
 
 def num_digits(score: str) -> int | None:
     row = find_metric(score)[1]
-    return row.digits if row else 4 if score == "validation_loss" else None
+    return None if row is None else row.digits

@@ -23,11 +23,11 @@ def draw_curve(run: Path) -> None:
     """Plot training and validation loss over the steps as `loss.png`, with a panel for each score."""
     from matplotlib.figure import Figure
 
-    from metrics.scores import column_title, is_lower_better
+    from metrics.scores import METRICS, column_title, find_metric
 
     events = read_log(run / "log.jsonl")
     names = dict.fromkeys(name for event in events for name in event if "halves" not in name)
-    scores = [name for name in names if not name.startswith("validation_") and is_lower_better(name) is not None]
+    scores = [name for name in names if find_metric(name)[0] in METRICS]
     width = 6 + 3 * len(scores)
     figure = Figure(figsize=(width, 3.5))
     axes = figure.add_axes((0.96 / width, 0.14, 4.86 / width, 0.77))  # fixed: a layout would double the time

@@ -35,11 +35,11 @@ def open_best(log: LogConfig, evaluation: EvaluationConfig) -> Best:
     if log.best is None:
         return Best()
     extractor = kind_and_name(evaluation.extractor)
-    names = ["validation_loss", *(metric_name(metric, *extractor) for metric in evaluation.metrics)]
-    if log.best not in names:
-        raise ValueError(f"--log.best {log.best}: not measured in this training; there are {', '.join(names)}")
-    needed = "validate_every" if log.best == "validation_loss" else "evaluate_every"
-    if not getattr(log, needed) > 0:
+    scores = [metric_name(metric, *extractor) for metric in evaluation.metrics]
+    measured_every = {"validation_loss": "validate_every", **dict.fromkeys(scores, "evaluate_every")}
+    if log.best not in measured_every:
+        raise ValueError(f"--log.best {log.best}: not measured in this training; there are {', '.join(measured_every)}")
+    if not getattr(log, needed := measured_every[log.best]) > 0:
         raise ValueError(f"--log.best {log.best}: it is never measured; set --log.{needed} to a number of steps")
     return Best(log.best, lower=bool(is_lower_better(log.best)))
 
