@@ -114,18 +114,23 @@ def test_planted_copies_are_found_and_unseen_images_are_not_taken_for_copies(tmp
     assert len(list((tmp_path / "cache" / "references").glob("shapes-*.safetensors"))) == 1
 
 
+def write_images(images, folder):
+    """Write images as PNGs in a folder per class, and return their pixels [n h w 3]."""
+    pictures = images.images(torch.arange(images.num_images)).permute(0, 2, 3, 1).numpy()
+    for number, picture in enumerate(pictures):
+        path = folder / images.classes[images.labels[number]] / f"{number:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path)
+    return pictures
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """The same twelve images as a folder, a zip and an npz."""
     folder = tmp_path_factory.mktemp("drawn")
     images = from_dataset(shapes("test"), "samples")
-    pictures = images.images(torch.arange(12)).permute(0, 2, 3, 1).numpy()
-    names = np.array(images.classes)
-    np.savez(folder / "drawn.npz", arr_0=pictures, arr_1=images.labels.numpy(), classes=names)
-    for number, picture in enumerate(pictures):
-        path = folder / "drawn" / names[images.labels[number]] / f"{number:06d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
+    pictures = write_images(images, folder / "drawn")
+    np.savez(folder / "drawn.npz", arr_0=pictures, arr_1=images.labels.numpy(), classes=np.array(images.classes))
     with zipfile.ZipFile(folder / "drawn.zip", "w") as archive:
         for path in sorted((folder / "drawn").rglob("*.png")):
             archive.write(path, path.relative_to(folder / "drawn"))
@@ -309,14 +314,10 @@ def test_samples_of_an_npz_are_told_from_those_that_replace_them(tmp_path):
 def test_another_split_than_the_checkpoints_is_refused(tmp_path, monkeypatch, folder, thumbnail):
     """Otherwise images that the checkpoint was trained on may be among the held-out ones."""
     monkeypatch.chdir(tmp_path)
-    images = from_dataset(shapes("train"), "images")
-    for number, picture in enumerate(images.images(torch.arange(20)).permute(0, 2, 3, 1).numpy()):
-        path = tmp_path / "other" / images.classes[images.labels[number]] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
+    pictures = write_images(from_dataset(shapes("train"), "images", 20), tmp_path / "other")
     with pytest.raises(ValueError, match=r"--data\.path: .* was trained with another test"):
         evaluate("--samples", folder / "runs" / "tiny", "--extractor", thumbnail, "--data.path", "other")
-    np.savez("reference.npz", arr_0=images.images(torch.arange(20)).permute(0, 2, 3, 1).numpy())
+    np.savez("reference.npz", arr_0=pictures)
     flags = ("--reference", "reference.npz", "--memorisation", "true", "--num_samples", 4)
     with pytest.raises(ValueError, match=r"--data\.path: .* was trained with another test"):
         evaluate("--samples", folder / "runs" / "tiny", "--extractor", thumbnail, "--data.path", "other", *flags)
@@ -337,11 +338,7 @@ def test_another_split_than_the_checkpoints_is_not_reconstructed(tmp_path, monke
     monkeypatch.chdir(tmp_path)
     run, program = folder / "runs" / "tiny", script("sample.py")
     flags = ["--reconstruct", "300", "--precision", "fp32", "--output", "x.png"]
-    images = from_dataset(shapes("train"), "images", 20)
-    for number, picture in enumerate(images.images(torch.arange(20)).permute(0, 2, 3, 1).numpy()):
-        path = tmp_path / "other" / images.classes[images.labels[number]] / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path)
+    write_images(from_dataset(shapes("train"), "images", 20), tmp_path / "other")
 
     def sample(checkpoint, *more):
         program.main(parse(program.SampleConfig, ["--checkpoint", str(checkpoint), *flags, *more]))
