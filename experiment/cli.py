@@ -23,6 +23,7 @@ from experiment.inputs import check_inputs
 from experiment.mappings import NAMES, StrictLoader, upgrade
 from experiment.run_config import R, with_resume
 from machine import children
+from machine.streams import tolerant_streams
 from settings import check_settings
 
 set_parsing_settings(add_print_completion_argument=True)  # completion in shells, and a schema for YAML editors
@@ -286,13 +287,14 @@ def parse_run(config_class: type[R], arguments: list[str] | None = None) -> R:
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Context in which a ValueError or an OSError ends the program with a one-line message and exit status 2. With
-    `TRACEBACK=1` in the environment it is raised."""
+    `TRACEBACK=1` in the environment it is raised. What cannot be printed is no error."""
     children.end_with_launcher()
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRACEBACK"):
-            raise
-        message = " ".join(str(error).split())
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with tolerant_streams():
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            if os.environ.get("TRACEBACK"):
+                raise
+            message = " ".join(str(error).split())
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+            raise SystemExit(2) from None

@@ -22,7 +22,7 @@ from settings import check_settings, set_values
 PROGRAMS = [
     path.relative_to(ROOT).as_posix()
     for path in sorted([*ROOT.glob("*.py"), *(ROOT / "scripts").glob("*.py")])
-    if "main(parse(" in path.read_text()
+    if "run_main(" in path.read_text()
 ]
 
 
@@ -37,9 +37,9 @@ def configurations():
     for program in PROGRAMS:
         module = script(program)
         name = next(
-            node.args[0].id
+            node.args[1].id
             for node in ast.walk(ast.parse((ROOT / program).read_text()))
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "parse"
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "run_main"
         )
         found.append(getattr(module, name))
     for each in found:
