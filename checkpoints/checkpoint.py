@@ -7,6 +7,7 @@ of metadata and weights, which every reader verifies. Files for resuming lie bes
 
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -40,6 +41,7 @@ from models import ModelSpec
 
 WEIGHTS = "ema.safetensors"
 LABELS = "label.weight"  # suffix of the names of label embeddings
+OF_A_HOOK = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")  # variables by which git would describe another repository
 
 
 @dataclass(frozen=True)
@@ -359,9 +361,13 @@ def load_weights(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def current_commit() -> str:
-    """Return the commit of the code, with a '+' if the tree has changes; empty outside a git checkout."""
+    """Return the commit of the code, with a '+' if the tree has changes; empty outside a git checkout, and without
+    git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    environment = {name: value for name, value in os.environ.items() if name not in OF_A_HOOK}
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=environment).stdout.strip()
+    return ""
 
 
 def find_weights(path: str | Path, accelerator: Accelerator | None = None) -> Path:

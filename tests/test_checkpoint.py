@@ -12,7 +12,14 @@ from safetensors import SafetensorError
 from saved_checkpoints import SPEC, objects, save, save_trained, state, train_a_step
 
 from checkpoints.averages import EMA
-from checkpoints.checkpoint import open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
+from checkpoints.checkpoint import (
+    current_commit,
+    open_checkpoint,
+    read_metadata,
+    read_tensors,
+    save_tensors,
+    warm_start,
+)
 from checkpoints.training_state import resume
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig
 from machine.checkpoint_folder import (
@@ -294,3 +301,12 @@ def test_results_of_older_or_other_weights_are_marked_with_their_name(saved, tmp
     assert open_checkpoint(run / "checkpoints" / "best").output_suffix == open_checkpoint(folder).output_suffix == ""
     shutil.copy(folder / "ema.safetensors", tmp_path / "0.1.safetensors")  # beside others, outside of any run
     assert open_checkpoint(tmp_path / "0.1.safetensors").output_suffix == "-0.1"
+
+
+def test_the_commit_is_that_of_the_code_and_empty_without_git(tmp_path, monkeypatch):
+    """Records are written after hours of scoring; a hook of another repository says where that is."""
+    here = current_commit()
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    assert current_commit() == here
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert current_commit() == ""
