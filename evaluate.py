@@ -161,6 +161,8 @@ def score_samples(
     reference = (
         scorer.npz_reference(config.reference, *inputs.reference_file) if config.reference else scorer.reference(data)
     )
+    if controls:
+        scorer.reference(data, "train", inputs.codec)  # for `memorisation`, so that errors come before hours of scoring
     output = output_of(config, samples, checkpoint)
     unfinished = record.unfinished_path(output, repr(config))
 

@@ -161,8 +161,8 @@ class Scorer:
     ) -> tuple[list["Row"], Features]:
         """Score rows of the table, given as trials and metrics, and also return the features of the first trial.
 
-        `keep` is called with what is done after each trial but the last. Trials after the first that cannot be scored,
-        such as those of settings that diverge, have no scores.
+        `keep` is called with what is done after each trial. Trials after the first that cannot be scored, such as those
+        of settings that diverge, have no scores.
         """
         features = None
         summaries: list[Row] = []
@@ -178,8 +178,7 @@ class Scorer:
                     self.accelerator.print(f"{source.name}: no scores: {error}")
                     trial_scores = self._no_scores(source, metrics, str(error))
                 scores.append(trial_scores)
-                if trials is not rows[-1][0] or source is not trials[-1]:
-                    keep([*summaries, summarise(trials[0], scores)])
+                keep([*summaries, summarise(trials[0], scores)])
             summaries.append(summarise(trials[0], scores))
         assert features is not None
         return summaries, features

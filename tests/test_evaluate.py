@@ -2,7 +2,9 @@
 
 import json
 import os
+from functools import partialmethod
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -331,6 +333,23 @@ def test_what_is_scored_outlives_the_process(folder, extractor, monkeypatch):
     (unfinished,) = folder.glob("killed.json.unfinished-*")
     (row,) = scores(folder, unfinished.name)["rows"]
     assert [trial["frechet_distance[colors]"]["value"] > 0 for trial in row["trials"]] == [True, True]
+
+
+def test_an_error_after_scoring_loses_no_scores(folder, extractor, monkeypatch):
+    """The reference of memorisation, which a shared cache may lack, was opened after hours of scoring."""
+    evaluate, calls = script("evaluate.py"), []
+    for name in ("reference", "score"):
+        watched = Mock(wraps=getattr(Scorer, name), side_effect=lambda *_, name=name: calls.append(name) or DEFAULT)
+        monkeypatch.setattr(Scorer, name, partialmethod(watched))
+    monkeypatch.setattr(Scorer, "memorisation", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.chdir(folder)
+    flags = ("--extractor", extractor, "--num_samples", 10, "--metrics", "[kid]", "--output", "after.json")
+    arguments = ["--samples", "runs/tiny", *flags, "--memorisation", "true", "--precision", "fp32"]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.main(parse(evaluate.EvaluateConfig, [str(argument) for argument in arguments]))
+    assert calls == ["reference", "reference", "score"]
+    (unfinished,) = folder.glob("after.json.unfinished-*")
+    assert "kernel_distance[colors]" in scores(folder, unfinished.name)["scores"]
 
 
 def test_of_trials_that_lack_a_number_there_is_no_mean():
