@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from machine.atomic_files import atomic_path, sha256_of, unused_path
@@ -121,6 +122,17 @@ class Best:
 
     def restore(self, state: dict[str, Any]) -> None:
         self.value, self.step = state["value"], state["step"]
+
+
+def check_links(folder: Path) -> None:
+    """Raise ValueError if the file system of a folder has no links, as `mark_best` makes after hours of training."""
+    try:
+        with TemporaryDirectory(dir=folder, prefix=".") as temporary:
+            Path(temporary, BEST).symlink_to(temporary)
+    except OSError as error:
+        raise ValueError(
+            f"--log.best: it is a link, and {folder} takes none ({error.strerror}); leave it out"
+        ) from error
 
 
 def mark_best(folder: Path, step: int | None) -> bool:

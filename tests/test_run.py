@@ -1,6 +1,8 @@
 """The scaffold of both trainings, around a single layer."""
 
+import errno
 import json
+import os
 import shutil
 import sys
 import threading
@@ -8,6 +10,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -126,6 +129,16 @@ def test_the_best_is_one_that_is_still_there(train, tmp_path):
     run = train(lambda run, step: 1.0, looks={}, resume="runs/run")
     assert not (folder / "best").is_symlink()
     assert run.best.value is None
+
+
+def test_a_best_checkpoint_where_there_are_no_links_is_refused_before_the_first_step(train, tmp_path, monkeypatch):
+    """The training ended at the first one, which may be hours later."""
+    monkeypatch.setattr(os, "symlink", Mock(side_effect=OSError(errno.EPERM, "not permitted")))
+    steps, refused = [], r"--log.best: it is a link, and runs/run takes none \(not permitted\)"
+    with pytest.raises(ValueError, match=refused):
+        train(lambda run, step: steps.append(step) or 1.0, looks={2: 3.0})
+    assert not steps
+    assert not list((tmp_path / "runs" / "run").glob(".*"))
 
 
 def test_a_copy_of_a_run_that_has_a_folder_for_the_link_to_the_best_resumes(train, tmp_path, capsys):

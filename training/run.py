@@ -22,7 +22,7 @@ from experiment.run_config import R, with_resume
 from machine.accelerator import from_main, open_accelerator
 from machine.atomic_files import write_atomic
 from machine.background import Background
-from machine.checkpoint_folder import Best, checkpoint_to_resume, mark_best, rotate
+from machine.checkpoint_folder import Best, check_links, checkpoint_to_resume, mark_best, rotate
 from machine.sharding import is_sharded
 from sampling.grids import save_grid
 from training.curves import draw_curve, errors_as_warnings
@@ -102,6 +102,8 @@ class Run(Generic[R]):
         """Load the checkpoint's state, if the run is resumed, and open the log; `metadata` is for checkpoints."""
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
         self.best, self.keep_every = best or Best(), keep_every
+        if self.best.metric:
+            from_main(self.accelerator, lambda: check_links(self.folder))
         if (checkpoint := self.checkpoint) is not None:
             history = from_main(self.accelerator, lambda: former_settings(checkpoint, self.config))
             metadata |= {"history": history} if history else {}
