@@ -96,9 +96,13 @@ class Checkpoint:
         with torch.random.fork_rng(devices=[]):  # loading must not advance the global random state
             model = self.spec.build()
         load_weights(model.state_dict(), self.path)
-        if read_metadata(self.path).get("weights_sha256") != self.weights_sha256:  # `checkpoints/best` moves
-            raise CheckpointError(f"--checkpoint {self.path}: replaced while it was read; give the command again")
+        self.check_unchanged()
         return model.eval().requires_grad_(False).to(device)
+
+    def check_unchanged(self) -> None:
+        """Raise CheckpointError if the file has other weights than when it was opened, as `checkpoints/best` moves."""
+        if read_metadata(self.path).get("weights_sha256") != self.weights_sha256:
+            raise CheckpointError(f"--checkpoint {self.path}: replaced while it was read; give the command again")
 
     def build_diffusion(self) -> Diffusion:
         return build_diffusion(self.config.diffusion)

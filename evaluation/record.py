@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from checkpoints.checkpoint import current_commit
 from evaluation.scoring import Memorisation, Reference, Row, Scorer
 from evaluation.sources import Source
 from evaluation.table import latex, number, terminal
@@ -36,7 +35,7 @@ def provenance(rows: Sequence[Row], reference: Reference, scorer: Scorer) -> dic
     record |= {"extractor": extractor.name, "extractor_sha256": extractor.sha256, "settings": trials[0].settings}
     record |= {"samples": first.settings, "reference": reference.provenance, "evaluation": asdict(scorer.evaluation)}
     record |= {"rows": [row.to_dict() for row in rows], "machine": describe_device(scorer.accelerator)}
-    return {**record, "commit": current_commit(), "versions": {name: version(name) for name in LIBRARIES}}
+    return {**record, "commit": scorer.commit, "versions": {name: version(name) for name in LIBRARIES}}
 
 
 def write_json(record: dict[str, Any], path: Path) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from autoencoders.codec import Codec
+from checkpoints.checkpoint import current_commit
 from data import summarize_left_out
 from data.subsets import map_labels
 from evaluation.baselines import Controls
@@ -64,6 +65,7 @@ class Scorer:
     def __init__(self, evaluation: EvaluationConfig, accelerator: Accelerator) -> None:
         check_metrics(evaluation.metrics)
         self.evaluation, self.accelerator = evaluation, accelerator
+        self.commit = current_commit()  # now, as the code may change while hours of scoring run
         device = accelerator.device
         self.extractor = Extractor(evaluation.extractor, weights_path=evaluation.weights_path, device=device)
 

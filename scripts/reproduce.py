@@ -122,7 +122,7 @@ def run(table: Table, files: dict[str, str], folder: Path, *, any_code: bool) ->
         if words[1].endswith("/train.py") and "--resume" not in words:
             words += ["--resume", "auto"]
         print(f"{command}\n    in {folder}; its words go to {output.name}", flush=True)
-        start = time.time()
+        start, commit = time.time(), current_commit()
         with output.open("a") as file:
             print(f"$ {shlex.join(words)}", file=file, flush=True)
             try:
@@ -132,7 +132,7 @@ def run(table: Table, files: dict[str, str], folder: Path, *, any_code: bool) ->
                 print(f"ended with status {error.code}: {last_line}\nthe same command goes on", file=sys.stderr)
                 raise
         print(f"    {time.time() - start:.0f} s", flush=True)
-        done[line] = {"commit": current_commit(), "of": keys[command]}
+        done[line] = {"commit": commit, "of": keys[command]}
         write_atomic(journal, json.dumps(done, indent=2) + "\n")
 
 

@@ -116,13 +116,12 @@ def export(run: Run[AutoencodingConfig], autoencoder: Any, images: Any, held_out
     are measured on training images, unless only the decoder was trained."""
     from autoencoder_training.model import export_autoencoder
     from autoencoder_training.previews import reconstruction_psnr, select_images
-    from checkpoints.checkpoint import current_commit
 
     config, folder, psnr = run.config, run.folder / "autoencoder", {}
     for name, dataset in held_out.items():
         values = reconstruction_psnr(autoencoder, select_images(dataset, 1024), 64)
         psnr |= {f"psnr_{name}": values.mean().item(), f"psnr_{name}_tenth": values.quantile(0.1).item()}
-    metrics = {**psnr, "steps": run.step, "config": config.to_dict(), "commit": current_commit()}
+    metrics = {**psnr, "steps": run.step, "config": config.to_dict(), "commit": run.metadata["commit"]}
     pixels, measure = select_images(images, 2048), not config.decoder_only
     export_autoencoder(folder, autoencoder, pixels, metrics, measure=measure, half=config.half)
     print(f"autoencoder: {folder}")

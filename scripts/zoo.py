@@ -172,6 +172,7 @@ def published(checkpoint: Any, folder: Path) -> Path:
     from sharing.model_card import write_published
 
     write_published({WEIGHTS: checkpoint.path}, folder, half=True)
+    checkpoint.check_unchanged()
     return folder / WEIGHTS
 
 

@@ -58,6 +58,7 @@ def write_folder(checkpoint: Checkpoint, repo: str, license: str, folder: Path, 
     card = model_card(checkpoint, repo, license, files)
     files = {WEIGHTS: checkpoint.path, **files}
     write_published(files, folder, half=half)
+    checkpoint.check_unchanged()  # or the card would be of other weights
     (folder / "README.md").write_text(card)
     return [*files, "README.md"]
 

@@ -335,13 +335,14 @@ def test_what_is_scored_outlives_the_process(folder, extractor, monkeypatch):
     assert [trial["frechet_distance[colors]"]["value"] > 0 for trial in row["trials"]] == [True, True]
 
 
-def test_an_error_after_scoring_loses_no_scores(folder, extractor, monkeypatch):
-    """The reference of memorisation, which a shared cache may lack, was opened after hours of scoring."""
+def test_an_error_after_scoring_loses_no_scores_and_no_commit(folder, extractor, monkeypatch):
+    """After hours of scoring, the reference of memorisation was opened, and the code's commit asked for."""
     evaluate, calls = script("evaluate.py"), []
     for name in ("reference", "score"):
         watched = Mock(wraps=getattr(Scorer, name), side_effect=lambda *_, name=name: calls.append(name) or DEFAULT)
         monkeypatch.setattr(Scorer, name, partialmethod(watched))
     monkeypatch.setattr(Scorer, "memorisation", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr("evaluation.scoring.current_commit", lambda: f"after {len(calls)} calls")
     monkeypatch.chdir(folder)
     flags = ("--extractor", extractor, "--num_samples", 10, "--metrics", "[kid]", "--output", "after.json")
     arguments = ["--samples", "runs/tiny", *flags, "--memorisation", "true", "--precision", "fp32"]
@@ -349,7 +350,9 @@ def test_an_error_after_scoring_loses_no_scores(folder, extractor, monkeypatch):
         evaluate.main(parse(evaluate.EvaluateConfig, [str(argument) for argument in arguments]))
     assert calls == ["reference", "reference", "score"]
     (unfinished,) = folder.glob("after.json.unfinished-*")
-    assert "kernel_distance[colors]" in scores(folder, unfinished.name)["scores"]
+    record = scores(folder, unfinished.name)
+    assert "kernel_distance[colors]" in record["scores"]
+    assert record["commit"] == "after 0 calls"
 
 
 def test_of_trials_that_lack_a_number_there_is_no_mean():

@@ -139,6 +139,15 @@ def test_it_runs_a_table_once_and_compares(folder, capfd):
     assert reproduce(table="mine", only="check") == 1
 
 
+def test_a_command_was_done_by_the_code_with_which_it_began(folder, monkeypatch):
+    ran = []
+    monkeypatch.setattr(SCRIPT.children, "run_process", lambda words, **_: ran.append(words))
+    monkeypatch.setattr("checkpoints.checkpoint.current_commit", lambda: f"after {len(ran)}")
+    reproduce(table="mine")
+    done = json.loads((folder / "runs/reproduce/mine/journal.json").read_text())
+    assert [entry["commit"] for entry in done.values()] == ["after 0", "after 1"]
+
+
 def test_nothing_is_compared_before_anything_was_run(folder):
     with pytest.raises(ValueError, match=r"--only check: nothing has been run in runs/reproduce/mine; leave it out"):
         reproduce(table="mine", only="check")
