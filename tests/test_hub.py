@@ -18,8 +18,9 @@ from processes import script
 from checkpoints.checkpoint import make_metadata, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
 from checkpoints.hub import HubError, resolve_to_file
 from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig, SamplingFlags
+from machine.checkpoint_folder import CheckpointError, list_checkpoints
 from sampling.grids import read_weights_hash, save_grid
-from sharing.model_card import card_files, format_sampling, model_card, to_half, without_paths
+from sharing.model_card import card_files, format_sampling, model_card, to_half, without_paths, write_folder
 
 PUSH, SAMPLE = script("scripts/push_to_hub.py"), script("sample.py")
 REPO = "me/tiny-shapes"
@@ -257,6 +258,18 @@ def test_a_card_shows_no_scores_or_samples_of_other_weights(folder, tmp_path):
     assert "scores.json" in card_files(checkpoint)
     os.utime(run / "scores.json", (0, 0))
     assert "scores.json" not in card_files(checkpoint)
+
+
+def test_a_card_is_not_published_with_other_weights(folder, tmp_path):
+    """A training moves `checkpoints/best` while its card and weights are written."""
+    steps = shutil.copytree(folder / "runs/tiny/checkpoints", tmp_path / "run/checkpoints")
+    best, (first, second) = steps / "best", list_checkpoints(steps)
+    best.symlink_to(first.name)
+    checkpoint = open_checkpoint(best)
+    best.unlink()
+    best.symlink_to(second.name)
+    with pytest.raises(CheckpointError, match=r"--checkpoint .*best.*: replaced while it was read"):
+        write_folder(checkpoint, REPO, "mit", tmp_path / "card", half=True)
 
 
 def test_a_card_shows_samples_by_whose_they_are_not_by_when_they_were_copied(folder, tmp_path):
