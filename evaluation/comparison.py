@@ -19,8 +19,9 @@ SAME = {
 SWEEPABLE = ("sampler", "spacing", "num_steps", "model_calls", "network_evaluations")
 SWEEPABLE += ("guidance_scale", "guidance_interval", "guidance_rescale")
 # Without these, too, scores do not compare; those that differ within an evaluation are lines of a figure.
-STATED = ("sampler_args", "guidance_parallel", "guidance_radius", "guidance_checkpoint", "guide_sha256")
-STATED += ("guidance_unlabelled", "legacy_cfg_channels", "clip", "autoencoder", "labels", "precision", "step")
+STATED = ("sampler_args", "spacing_sha256", "guidance_parallel", "guidance_radius", "guidance_checkpoint")
+STATED += ("guide_sha256", "guidance_unlabelled", "legacy_cfg_channels", "clip")
+STATED += ("autoencoder", "labels", "precision", "step")
 
 
 def read_record(path: Path) -> dict[str, Any]:

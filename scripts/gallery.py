@@ -16,9 +16,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from diffusion.options import SamplingOptions
 from evaluation.table import Cell
 from experiment.cli import run_main
+from experiment.config import SamplingConfig
 from experiment.mappings import flatten
 from settings import reads
 
@@ -105,7 +105,8 @@ def read_run(folder: Path) -> Run:
 def scoring_of(record: dict[str, Any]) -> dict[str, Any]:
     """The settings of a record of scores without which its numbers do not compare with others."""
     samples, reference = record.get("samples", {}), record.get("reference", {})
-    names = (*(setting.name for setting in fields(SamplingOptions)), "guide_sha256", "labels", "precision")
+    names = [setting.name for setting in fields(SamplingConfig)]
+    names += ["guide_sha256", "spacing_sha256", "labels", "precision"]
     values = {name: samples[name] for name in names if name in samples}
     codec = samples.get("autoencoder")
     hashes = {"autoencoder": codec.get("decoder_sha256") if isinstance(codec, dict) else None}

@@ -11,6 +11,8 @@ from mean_colour import MeanColour
 from processes import run, script
 
 from evaluation.comparison import check_comparable, combined_rows, read_record, varying_settings
+from evaluation.scoring import Row
+from experiment.config import SamplingConfig
 from metrics.programs import save_program
 from metrics.scores import Score
 
@@ -168,6 +170,13 @@ def test_rows_of_real_images_appear_once_and_ceilings_of_two_autoencoders_apart(
     values = {row.name: row.scores["fid"].value for row in rows}
     assert values == {"a": 5.0, "b": 6.0, "training images": 1.0, "reconstructions": 2.0, "reconstructions, b": 3.0}
     assert varying_settings(rows) == []
+
+
+@pytest.mark.parametrize("name", [*asdict(SamplingConfig()), "guide_sha256", "spacing_sha256"])
+def test_each_setting_of_sampling_is_stated_where_it_differs(name):
+    """In the gallery, too. A file of noise levels may change, and a guide be asked without labels."""
+    assert varying_settings([Row("a", {}, {name: value}, []) for value in ("one", "other")]) == [name]
+    assert script("scripts/gallery.py").scoring_of({"samples": {name: "one"}}) == {name: "one"}
 
 
 def test_a_table_states_all_that_samples_differ_in(tmp_path):
