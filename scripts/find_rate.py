@@ -166,7 +166,7 @@ def draw_rates(path: Path, rates: Sequence[float], losses: Sequence[float]) -> N
     axes.set_ylim(top=max(averages[0], min(averages) + abs(averages[0])) * 1.1)
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    with atomic_path(path) as partial:
+    with atomic_path(path, keep=True) as partial:
         figure.savefig(partial, dpi=150, format="png")
 
 

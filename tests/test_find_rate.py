@@ -69,6 +69,13 @@ def test_the_same_seed_finds_the_same_rate_and_says_how_to_train_with_it(tmp_pat
     assert {path.name for path in tmp_path.glob("runs/DiT-rates/*")} == {"rates.png", "training.lock"}
 
 
+def test_the_picture_of_another_search_is_kept(tmp_path):
+    (tmp_path / "rates.png").write_bytes(b"another")
+    find_rate.draw_rates(tmp_path / "rates.png", [1e-3, 1e-2, 1e-1], [1.0, 0.5, 3.0])
+    (kept,) = tmp_path.glob("rates.png.before-*")
+    assert kept.read_bytes() == b"another"
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
