@@ -74,35 +74,31 @@ def _implied_overrides(
 ) -> dict[str, Any]:
     """Defaults for settings that the overrides make invalid, as they belong to a replaced sampler or guide, or that
     have no meaning for the model. `say` is called if a guidance scale is dropped."""
-    implied: dict[str, Any] = {}
+    configured = config.sampler or diffusion.default_sampler
     sampler = overrides.get("sampler", config.sampler) or diffusion.default_sampler
     guide = overrides.get("guidance_checkpoint", config.guidance_checkpoint)
-    if sampler != (config.sampler or diffusion.default_sampler):
-        implied["sampler_args"] = {}  # the configured ones belong to the replaced sampler
-    if guide is None and config.guidance_checkpoint:
-        implied["guidance_unlabelled"] = False  # it belongs to the removed guide
-    is_fixed = diffusion.samples_are_guided(sampler) and not diffusion.takes_guidance(sampler)
-    if guide is None and (is_fixed or not num_guided):
-        implied["guidance_scale"] = 1.0
-        if "guidance_scale" not in overrides and config.guidance_scale not in (1.0, DEFAULT_GUIDANCE):
-            if not num_guided:
-                reason = "it has no null label to be guided away from"
-            elif diffusion.guidance_settings:
-                reason = "guidance is part of its training"
-            else:
-                reason = f"{sampler} is guided by a command alone"
-            say(
-                f"--sampling.guidance_scale {config.guidance_scale:g} of the model's training: without effect, {reason}"
-            )
-    if guide is None and is_fixed and num_guided and diffusion.guidance_settings:
-        scale = overrides.get("guidance_scale", 1.0)
+    implied: dict[str, Any] = {} if sampler == configured else {"sampler_args": {}}
+    if guide is not None:
+        if overrides.get("guidance_checkpoint") and "guidance_scale" not in overrides and config.guidance_scale == 1:
+            remedy = "give --sampling.guidance_scale too; at 1 it is idle"
+            raise ValueError(f"--sampling.guidance_checkpoint {guide}: {remedy}")
+        return implied
+    if config.guidance_checkpoint:
+        implied["guidance_unlabelled"] = False
+    if num_guided and (not diffusion.samples_are_guided(sampler) or diffusion.takes_guidance(sampler)):
+        return implied
+    reason = f"{sampler} is guided by a command alone"
+    if not num_guided:
+        reason = "it has no null label to be guided away from"
+    elif diffusion.guidance_settings:
+        reason, scale = "guidance is part of its training", overrides.get("guidance_scale", 1.0)
         if scale != 1:
             say(f"--sampling.guidance_scale {scale:g}: beyond the guidance that is part of the model's training")
         elif overrides.get("guidance_interval"):
             say("--sampling.guidance_interval: without effect, guidance is part of the model's training")
-    if overrides.get("guidance_checkpoint") and "guidance_scale" not in overrides and config.guidance_scale == 1:
-        raise ValueError(f"--sampling.guidance_checkpoint {guide}: give --sampling.guidance_scale too; at 1 it is idle")
-    return implied
+    if "guidance_scale" not in overrides and config.guidance_scale not in (1.0, DEFAULT_GUIDANCE):
+        say(f"--sampling.guidance_scale {config.guidance_scale:g} of the model's training: without effect, {reason}")
+    return implied | {"guidance_scale": 1.0}
 
 
 def files_in_record(sampling: SamplingConfig) -> dict[str, str | None]:
