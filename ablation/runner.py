@@ -13,11 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from queue import Empty, Queue
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,10 +29,10 @@ from machine.atomic_files import unused_path, write_atomic
 from machine.children import EXIT_CODE, STOPPED
 from machine.cluster import ClusterConfig, open_executor, requeue
 from machine.lock import InUseError, Lock
+from metrics.scores import PER_IMAGE, required_features
 
 _PRINTING = threading.Lock()
-# With these metrics alone, evaluate.py keeps no features, which distances per class need.
-FRECHET_ONLY = {"fid", "sfid"}
+Job = list[PlannedRun]  # runs that share a training, which the first of them does
 
 
 def train_command(planned: PlannedRun) -> list[str]:
@@ -42,15 +41,12 @@ def train_command(planned: PlannedRun) -> list[str]:
 
 def score_command(planned: PlannedRun) -> list[str]:
     evaluation, scoring = planned.run.config.evaluation, planned.ablation.scoring
+    keeps_features = bool(required_features(evaluation.metrics) & PER_IMAGE)  # which distances per class need
     flags = {name: value for name, value in asdict(evaluation).items() if value is not None}
     flags |= {"samples": planned.trained_in, "output": planned.run.folder / "scores.json"}
     flags |= {"num_samples": planned.num_samples, "trials": scoring.trials}
-    flags |= {"baselines": scoring.baselines and planned.scores_baselines}
-    has_features = not set(evaluation.metrics) <= FRECHET_ONLY
-    flags |= {
-        "per_class": scoring.per_class and planned.spec.num_classes > 0 and has_features,
-        "memorisation": scoring.memorisation,
-    }
+    flags |= {"baselines": scoring.baselines and planned.scores_baselines, "memorisation": scoring.memorisation}
+    flags |= {"per_class": scoring.per_class and planned.spec.num_classes > 0 and keeps_features}
     return ["evaluate.py", *_as_flags(planned, flags)]
 
 
@@ -102,7 +98,7 @@ class Runner:
     children: set[subprocess.Popen] = field(default_factory=set)
     reason: str | None = None
 
-    def __call__(self, job: list[PlannedRun], environment: dict[str, str] | None = None) -> list[Outcome]:
+    def __call__(self, job: Job, environment: dict[str, str] | None = None) -> list[Outcome]:
         """Execute the runs that share a training, which the first does, with additional environment variables."""
         outcomes: list[Outcome] = []
         try:
@@ -140,28 +136,33 @@ class Runner:
             write_atomic(folder / "variant.yaml", yaml.safe_dump(planned.run.config.to_dict(), sort_keys=False))
             if not planned.trains:
                 mark_done(folder, train=planned.keys["train"])
-            for stage in STAGES:
-                if stage not in planned.keys or stage in planned.done:
-                    continue
+            for stage in [stage for stage in STAGES if stage in planned.keys and stage not in planned.done]:
                 if why := self._must_stop():
                     return Outcome(name, "stopped", why)
-                if code_hash(stage, afresh=True) != self.code[stage]:
-                    raise ValueError(f"{stage}: the code has changed since it was planned; the same command plans anew")
-                if stage == "train":
-                    if "began" not in done_stages(folder):  # the results there were made from another run's weights
-                        (folder / "stages.json").unlink(missing_ok=True)
-                    mark_done(folder, began=planned.keys["train"])
-                began, output = time.monotonic(), folder / f"{stage}.txt"
-                log_line(f"{name}: {stage} ...  (tail -f {output})")
-                (folder / STOPPED).unlink(missing_ok=True)
-                status = self._process(STAGES[stage](planned), output, lock, environment)
-                if status != 0 and (self.reason or status == EXIT_CODE or (folder / STOPPED).is_file()):
-                    return Outcome(name, "stopped", self._must_stop() or "it was asked to stop")
-                if status != 0:
-                    return Outcome(name, "failed", f"{stage}: {last_line(output) or status}")
-                mark_done(folder, **{stage: planned.keys[stage]})
-                log_line(f"{name}: {stage} done in {format_duration(time.monotonic() - began)}")
+                if outcome := self._run_stage(planned, stage, lock, environment):
+                    return outcome
         return Outcome(name, "done")
+
+    def _run_stage(self, planned: PlannedRun, stage: str, lock: Lock, environment: dict[str, str]) -> Outcome | None:
+        """Run a stage's command, and mark the stage as done; otherwise return how the run ended."""
+        folder, name = planned.run.folder, planned.run.name
+        if code_hash(stage, afresh=True) != self.code[stage]:
+            raise ValueError(f"{stage}: the code has changed since it was planned; the same command plans anew")
+        if stage == "train":
+            if "began" not in done_stages(folder):  # the results there were made from another run's weights
+                (folder / "stages.json").unlink(missing_ok=True)
+            mark_done(folder, began=planned.keys["train"])
+        began, output = time.monotonic(), folder / f"{stage}.txt"
+        log_line(f"{name}: {stage} ...  (tail -f {output})")
+        (folder / STOPPED).unlink(missing_ok=True)
+        status = self._process(STAGES[stage](planned), output, lock, environment)
+        if status != 0 and (self.reason or status == EXIT_CODE or (folder / STOPPED).is_file()):
+            return Outcome(name, "stopped", self._must_stop() or "it was asked to stop")
+        if status != 0:
+            return Outcome(name, "failed", f"{stage}: {last_line(output) or status}")
+        mark_done(folder, **{stage: planned.keys[stage]})
+        log_line(f"{name}: {stage} done in {format_duration(time.monotonic() - began)}")
+        return None
 
     def _must_stop(self) -> str | None:
         is_over = self.deadline is not None and time.time() > self.deadline
@@ -185,12 +186,9 @@ class Runner:
                 self.children.discard(child)
 
 
-Jobs = list[list[PlannedRun]]
-
-
-def group_into_jobs(plan: list[PlannedRun]) -> Jobs:
+def group_into_jobs(plan: list[PlannedRun]) -> list[Job]:
     """Group the runs by training; the run that trains comes first in its job."""
-    jobs: dict[Path, list[PlannedRun]] = {}
+    jobs: dict[Path, Job] = {}
     for planned in plan:
         jobs.setdefault(planned.trained_in, []).append(planned)
     return [sorted(job, key=lambda planned: not planned.trains) for job in jobs.values()]
@@ -218,19 +216,15 @@ def worker_slots(workers: int) -> list[WorkerSlot]:
     return [WorkerSlot({"OMP_NUM_THREADS": str(share)}, frozenset(own_cores)) for own_cores in shares]
 
 
-def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
+def run_here(jobs: list[Job], runner: Runner, workers: int) -> list[Outcome]:
     """Run one job at a time on each GPU, or `workers` on the CPU; at a signal, trainings save and no job starts."""
-    queue: Queue[list[PlannedRun]] = Queue()
-    for job in jobs:
-        queue.put(job)
-    outcomes: list[Outcome] = []
+    waiting, outcomes = iter(jobs), list[Outcome]()
 
     def work(place: WorkerSlot) -> None:
         if place.cores:
             os.sched_setaffinity(0, place.cores)  # applies to this thread and the processes that it starts
-        with suppress(Empty):
-            while True:
-                outcomes.extend(runner(queue.get_nowait(), place.environment))
+        for job in waiting:  # of all threads
+            outcomes.extend(runner(job, place.environment))
 
     with stop_on_signal(runner):
         threads = [threading.Thread(target=work, args=(place,)) for place in worker_slots(workers)]
@@ -243,12 +237,12 @@ def run_here(jobs: Jobs, runner: Runner, workers: int) -> list[Outcome]:
 
 
 def submit(
-    jobs: Jobs, runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: Literal["slurm", "local"]
+    jobs: list[Job], runner: Runner, cluster: ClusterConfig, logs: Path, scheduler: Literal["slurm", "local"]
 ) -> list[Outcome]:
     """Submit all jobs through submitit and wait; those of `local` are processes here, which a signal stops."""
     executor = open_executor(scheduler, logs, cluster, name="ablation")
     here = scheduler == "local"
-    submitted: list[tuple[list[PlannedRun], Any]] = []
+    submitted: list[tuple[Job, Any]] = []
     signals: list[str] = []
 
     def stop(number: signal.Signals) -> None:
@@ -279,7 +273,7 @@ class SubmittedJob:
     """A job for submitit, requeued when its time is up; `here`, as a local process, it handles signals itself."""
 
     runner: Runner
-    job: list[PlannedRun]
+    job: Job
     here: bool = False
 
     def __call__(self) -> list[Outcome]:
