@@ -338,47 +338,32 @@ def recommend(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
     """Recommend the fastest decoder among those within two standard errors of the best score, that of the first metric
     of `DECIDING` that all have, and of these within a decibel of the best PSNR: few images, or features that ignore
     blur, do not tell autoencoders apart."""
-    scores = {row.name: {find_metric(title)[0]: score for title, score in _without_halves(row).items()} for row in rows}
-
-    def is_available(metric: str) -> bool:
-        return all(metric in own and own[metric].value is not None for own in scores.values())
-
-    metric = next(filter(is_available, DECIDING), None)
-    if metric is None:
+    titles = {find_metric(title)[0]: title for title in rows[0].scores if not title.endswith(", halves")}
+    missing = {name for row in rows for name in titles.values() if row.scores.get(name, Score(None)).value is None}
+    title = next((titles[name] for name in DECIDING if name in titles and titles[name] not in missing), None)
+    if title is None:
         return "No score that all of them have says which to take."
-    title = next(title for title in _without_halves(rows[0]) if find_metric(title)[0] == metric)
+    value = {row.name: row.scores[title].value or 0.0 for row in rows}
+    error = {row.name: row.scores[title].std or 0.0 for row in rows}
+    speed = {row.name: row.settings["decode img/s"] for row in rows}
+    psnr = {row.name: row.scores["psnr"].value or 0.0 for row in rows if "psnr" in row.scores}
+    best = (min if is_lower_better(title) else max)(value, key=lambda name: value[name])
+    tied = [name for name in value if abs(value[name] - value[best]) <= 2 * hypot(error[name], error[best])]
+    sharpest = max(psnr.get(name, 0.0) for name in tied)
+    sharp = [name for name in tied if psnr.get(name, 0.0) >= sharpest - PSNR_MARGIN]
+    chosen = max(sharp, key=lambda name: speed[name])
 
-    def value(row: Row) -> float:
-        return scores[row.name][metric].value or 0.0
-
-    def error(row: Row) -> float:
-        return scores[row.name][metric].std or 0.0
-
-    def speed(row: Row) -> float:
-        return row.settings["decode img/s"]
-
-    best = (min if is_lower_better(metric) else max)(rows, key=value)
-    tied = [row for row in rows if abs(value(row) - value(best)) <= 2 * hypot(error(row), error(best))]
-    sharpness = {row.name: row.scores["psnr"].value or 0.0 for row in tied if "psnr" in row.scores}
-    sharp = [row for row in tied if sharpness.get(row.name, 0.0) >= max(sharpness.values(), default=0.0) - PSNR_MARGIN]
-    chosen = max(sharp, key=speed)
-
-    def compare(describe: Callable[[Row], str]) -> str:
-        others = ", ".join(f"{row.name} {describe(row)}" for row in rows if row is not chosen)
+    def compare(describe: Callable[[str], str]) -> str:
+        others = ", ".join(f"{name} {describe(name)}" for name in value if name != chosen)
         return f"{describe(chosen)} ({others})"
 
     within = f" within {PSNR_MARGIN:g} dB of the best psnr," if len(sharp) < len(tied) else ""
     why = f"the fastest{within} of {len(tied)} that {title} does not tell apart" if len(tied) > 1 else title
     return (
-        f"Take {chosen.name}: {why}, {compare(lambda row: number(value(row), error(row) or None))}. It decodes "
-        f"{compare(lambda row: f'{speed(row):g} img/s')} from latents of "
-        f"{compare(lambda row: 'x'.join(map(str, shapes[row.name])))}; the more channels, the longer a backbone learns."
+        f"Take {chosen}: {why}, {compare(lambda name: number(value[name], error[name] or None))}. It decodes "
+        f"{compare(lambda name: f'{speed[name]:g} img/s')} from latents of "
+        f"{compare(lambda name: 'x'.join(map(str, shapes[name])))}; the more channels, the longer a backbone learns."
     )
-
-
-def _without_halves(row: Row) -> dict[str, Score]:
-    """Scores of a row, without the distances between halves of the samples."""
-    return {title: score for title, score in row.scores.items() if not title.endswith(", halves")}
 
 
 def warn_unsuitable(row: Row, codec: LatentCodec) -> str | None:
