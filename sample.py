@@ -122,14 +122,11 @@ def main(config: SampleConfig) -> None:
     output = output_of("samples")
     save_samples(batches, generator, checkpoint, config.num_per_class, output, keep=keep)
     print(f"{len(labels)} images: {output}")
-    if panel is not None:
-        path = second_output(output, "panel")
-        save_grid(panel.images(pipeline.codec), path, columns=panel.columns, column_names=panel.names, keep=keep)
-        print(f"denoising panel: {path}")
-    if stages is not None:
-        path, names = second_output(output, "stages"), stages.names * 3
-        save_grid(stages.images(pipeline.codec), path, columns=len(names), column_names=names, keep=keep)
-        print(f"stages: {path}")
+    for name, drawn in {"panel": panel, "stages": stages}.items():
+        if drawn is not None:
+            path, names = second_output(output, name), drawn.column_names
+            save_grid(drawn.images(pipeline.codec), path, columns=len(names), column_names=names, keep=keep)
+            print(f"{name}: {path}")
 
 
 def save_samples(

@@ -11,19 +11,18 @@ from diffusion.samplers import Staged
 
 
 class DenoisingPanel:
-    """A `callback` of the sampler that records evenly spaced steps of the first batch, to be shown as a grid."""
+    """A `callback` of the sampler that records evenly spaced steps of the first six samples, to be shown as a grid."""
 
-    def __init__(self, num_moments: int, num_steps: int, num_images: int = 6) -> None:
+    def __init__(self, num_moments: int, num_steps: int) -> None:
         if not 1 <= num_moments <= num_steps:
             raise ValueError(f"--panel {num_moments} must lie in 1..{num_steps}, the sampling steps")
         self.steps = torch.linspace(0, num_steps - 1, num_moments).round().long().tolist()
-        self.names = [f"step {step + 1}" for step in self.steps]
-        self.num_images, self.columns = num_images, num_moments
+        self.column_names = [f"step {step + 1}" for step in self.steps]
         self.moments: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, step: int, x_t: Tensor, x_0: Tensor) -> None:
-        if len(self.moments) < self.columns and step == self.steps[len(self.moments)]:
-            self.moments.append((x_t[: self.num_images], x_0[: self.num_images]))
+        if len(self.moments) < len(self.steps) and step == self.steps[len(self.moments)]:
+            self.moments.append((x_t[:6], x_0[:6]))
 
     def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
         """Decode a row of `x_t` and a row of predicted `x_0` for each image."""
@@ -32,20 +31,20 @@ class DenoisingPanel:
 
 
 class StagesPanel:
-    """An `on_stage` callback that records the outputs of all stages for the first batch, to be shown as a grid."""
+    """An `on_stage` callback that records all stages' outputs of the first 36 samples, to be shown as a grid."""
 
-    def __init__(self, diffusion: Diffusion, num_images: int = 36) -> None:
+    def __init__(self, diffusion: Diffusion) -> None:
         if not isinstance(diffusion, Staged):
             raise ValueError("--stages true: this model draws in one stage; it is for cascades, see --panel")
-        self.names, self.num_images = list(diffusion.stages), num_images
+        self.column_names = [*diffusion.stages] * 3
         self.outputs: dict[str, Tensor] = {}
 
     def __call__(self, name: str, x_0: Tensor) -> None:
-        self.outputs.setdefault(name, x_0[: self.num_images])
+        self.outputs.setdefault(name, x_0[:36])
 
     def images(self, codec: Codec) -> UInt8[Tensor, "n 3 h w"]:
         """Decode the outputs of all stages for each sample, enlarged to the size of the largest."""
-        decoded = [codec.decode(self.outputs[name]).cpu() for name in self.names]  # not all devices resize uint8
+        decoded = [codec.decode(x_0).cpu() for x_0 in self.outputs.values()]  # not all devices resize uint8
         size = max(tuple(images.shape[-2:]) for images in decoded)
         enlarged = [nn.functional.interpolate(images, size=size, mode="nearest") for images in decoded]
         return torch.stack(enlarged, dim=1).flatten(0, 1)
