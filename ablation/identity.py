@@ -166,15 +166,15 @@ def code_hashes(stage: str, root: Path = ROOT) -> dict[str, str]:
     return {name: _read(path.read_text())[1] for name, path in sorted(paths.items())}
 
 
-def code_hashes_of_command(words: Sequence[str], root: Path = ROOT) -> dict[str, str]:
+def code_hashes_of_command(words: Sequence[str]) -> dict[str, str]:
     """Hash the code and the YAML files of a command, given as words with absolute paths. Covers the programs of this
     repository that the command names, the programs that those may start, and the configurations that it names."""
     paths = {Path(word).resolve() for word in words if Path(word).is_absolute() and Path(word).is_file()}
-    inside = sorted(path.relative_to(root).as_posix() for path in paths if path.is_relative_to(root))
+    inside = sorted(path.relative_to(ROOT).as_posix() for path in paths if path.is_relative_to(ROOT))
     programs = [name for name in inside if name.endswith(".py")]
-    files = {file for name in [*programs, *(programs and PROGRAMS.values())] for file in _imported(name, root, ())}
-    hashes = {name: _read((root / name).read_text())[1] for name in sorted(files)}
-    return hashes | {name: sha256_of(root / name) for name in inside if name.endswith(".yaml")}
+    files = {file for name in [*programs, *(programs and PROGRAMS.values())] for file in _imported(name, ROOT, ())}
+    hashes = {name: _read((ROOT / name).read_text())[1] for name in sorted(files)}
+    return hashes | {name: sha256_of(ROOT / name) for name in inside if name.endswith(".yaml")}
 
 
 def _imported(program: str, root: Path, ignored: tuple[str, ...]) -> set[str]:

@@ -23,14 +23,10 @@ class PooledTinyAutoencoder(AutoencoderTiny):
 class PooledBlock(nn.Module):
     """A block that first adds group-normalised features to its input, whose statistics are those of the whole image."""
 
-    def __init__(self, block: Any, width: int = 64, hidden: int = 256) -> None:
+    def __init__(self, block: Any) -> None:
         super().__init__()
-        self.pool = nn.Sequential(
-            nn.Conv2d(width, hidden, 1, bias=False),
-            nn.GroupNorm(4, hidden),
-            nn.ReLU(),
-            nn.Conv2d(hidden, width, 1, bias=False),
-        )
+        widen, narrow = nn.Conv2d(64, 256, 1, bias=False), nn.Conv2d(256, 64, 1, bias=False)
+        self.pool = nn.Sequential(widen, nn.GroupNorm(4, 256), nn.ReLU(), narrow)
         self.conv: nn.Module = block.conv
         self.skip: nn.Module = block.skip
         self.fuse: nn.Module = block.fuse

@@ -331,8 +331,6 @@ def hold_out(
 ) -> set[str]:
     """Choose the names to hold out: the first `fraction` of each class, at least one image and never all, ordered by a
     seeded hash. A group, such as of near-duplicates, is held out as a whole or not at all."""
-    if not 0 < fraction < 1:
-        raise DataError(f"--data.test_fraction {fraction} must lie between 0 and 1")
     members: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, label in classes.items():
         members[label][group_of.get(name, name)].append(name)

@@ -5,7 +5,6 @@ the interval that numbers must lie in; the docstring is their help text. A setti
 described by the first preset that has it. A preset imports torch only when it is called, so that `--help` is fast.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,9 +159,6 @@ def edm(
     from diffusion.diffusion import Diffusion
     from diffusion.paths import VarianceExploding
     from diffusion.times import Device
-
-    if not 0 < P_std < math.inf:
-        raise ValueError(f"--diffusion.P_std {P_std} must be above 0")
 
     def draw(num: int, generator: torch.Generator | None, device: Device) -> torch.Tensor:
         return (P_mean + P_std * torch.randn(num, generator=generator, device=device)).exp()

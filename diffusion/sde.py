@@ -18,7 +18,6 @@ def bits_per_dimension(
     y: Labels,
     *,
     num_steps: int = 100,
-    spacing: str = "log_snr",
     probe: Images | None = None,
     generator: torch.Generator | None = None,
 ) -> Float32[Tensor, " b"]:
@@ -31,7 +30,7 @@ def bits_per_dimension(
     """
     if probe is None:
         probe = torch.randint(0, 2, x_0.shape, generator=generator, device=x_0.device).to(x_0.dtype) * 2 - 1
-    steps = diffusion.reverse_steps(num_steps, spacing)[::-1]
+    steps = diffusion.reverse_steps(num_steps, "log_snr")[::-1]
     wrapped = diffusion.precondition(model)
 
     def flow(x: Tensor, step: Step) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -211,9 +211,9 @@ def _cell(metric: str, score: Score | None) -> str:
     return "none" if score.value is None else number(score.value, score.std, num_digits(metric))
 
 
-def draw_pairs(samples: Source, train: Source, memorisation: Memorisation, path: Path, num: int = 12) -> None:
-    """Save the samples that are closest to a training image, each above that image."""
-    closest = memorisation.distances.argsort()[:num]
+def draw_pairs(samples: Source, train: Source, memorisation: Memorisation, path: Path) -> None:
+    """Save the twelve samples that are closest to a training image, each above that image."""
+    closest = memorisation.distances.argsort()[:12]
     pairs = torch.cat([samples.images(closest), train.images(memorisation.nearest[closest])])
     captions = [f"{distance:.3g}" for distance in memorisation.distances[closest].tolist()]
     save_grid(pairs, path, columns=len(closest), captions=[*captions, *["training"] * len(closest)])

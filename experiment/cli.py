@@ -167,10 +167,10 @@ def run_main(
             raise SystemExit(status)
 
 
-def run_program(program: Callable[..., Any] | list[Callable[..., Any]], *, as_positional: bool = False) -> None:
+def run_program(program: Callable[..., Any] | list[Callable[..., Any]]) -> None:
     """Run a function with its arguments as flags, or the one of several that is named; errors as by `parse`."""
     with one_line_errors():
-        auto_cli(program, as_positional=as_positional, parser_class=Parser, allow_abbrev=False)
+        auto_cli(program, as_positional=False, parser_class=Parser, allow_abbrev=False)
 
 
 def expand_short_flags(config_class: type, arguments: list[str]) -> list[str]:

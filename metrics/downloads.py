@@ -21,14 +21,14 @@ def network_timeout(seconds: float) -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def hub_answers(seconds: float = 3.0) -> bool:
+def hub_answers() -> bool:
     """Whether the Hugging Face hub is reachable. Ask this first, because its client retries each file for 24 s."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
     try:
-        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=seconds):
+        with urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=3.0):
             return True
     except OSError:
         return False

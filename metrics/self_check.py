@@ -13,12 +13,9 @@ from metrics.manifold import count_neighbours
 from metrics.scores import INCEPTION
 
 
-class SelfCheckError(ValueError):
-    """A check failed, so scores computed on this machine are meaningless."""
-
-
 def self_check(extractor: Extractor) -> str:
-    """Run all checks; return a line for each, and one on which scores compare with the literature."""
+    """Run all checks; return a line for each, and one on which scores compare with the literature. Raises ValueError if
+    one fails, as scores computed on this machine are then meaningless."""
     few, line = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)), _line(*range(40))
     half_near = count_neighbours(_line(*range(20), *range(100, 120)), line)
     first_ten = count_neighbours(_line(*range(10)), line)  # their balls reach to 12, three beyond the last point
@@ -61,7 +58,7 @@ def _comparable(extractor: Extractor) -> str:
 def _verdict(name: str, value: float | None, expected: float, *, tolerance: float) -> str:
     value = math.nan if value is None else value
     if not math.isclose(value, expected, rel_tol=tolerance, abs_tol=tolerance):
-        raise SelfCheckError(f"--self_check: {name} gave {value:.6g}, the known answer is {expected:.6g}")
+        raise ValueError(f"--self_check: {name} gave {value:.6g}, the known answer is {expected:.6g}")
     return f"ok  {name}: {value:.6g} (known answer {expected:.6g})"
 
 

@@ -22,10 +22,6 @@ BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "
 MAY_BE_ZERO = {"num_global_blocks", "mlp_ratio", "drop_path", "dropout", "augment_dim"}
 
 
-def list_models() -> list[str]:
-    return list(BACKBONES)
-
-
 def check_model(name: str) -> None:
     """Raise ValueError with the nearest names where no backbone has this one."""
     if name not in BACKBONES:

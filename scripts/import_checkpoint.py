@@ -174,7 +174,7 @@ def published_settings(
     return diffusion, sampling
 
 
-def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path, num_images: int = 1024) -> str:
+def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path) -> str:
     """Write an autoencoder in diffusers' format, with statistics of its latents, and return a description of it."""
     import torch
 
@@ -197,7 +197,7 @@ def import_autoencoder(config: ImportConfig, files: list[Path], folder: Path, nu
         by = files[1].name
     else:
         images = open_split(config.data, "train")
-        subset = stratified(images.labels, min(num_images, len(images)), seed=0).tolist()
+        subset = stratified(images.labels, min(1024, len(images)), seed=0).tolist()
         with_statistics(autoencoder, torch.stack([images[index][0] for index in subset]).float() / 127.5 - 1)
         by = f"{len(subset)} images of {config.data.path} of {config.data.image_size} pixels"
     if all(weight.half().float().equal(weight) for weight in autoencoder.parameters()):

@@ -125,8 +125,8 @@ def main(config: RecogniseConfig) -> None:
         write_atomic(config.output, json.dumps(figures, indent=2) + "\n", keep=True)
 
 
-def default_epochs(num_images: int, batch_size: int = 64, num_steps: int = 125) -> int:
-    return max(4, -(-num_steps // -(-num_images // batch_size)))
+def default_epochs(num_images: int) -> int:
+    return max(4, -(-125 // -(-num_images // 64)))
 
 
 def sureness(probabilities: Any) -> tuple[float, float]:

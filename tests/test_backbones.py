@@ -11,7 +11,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import studies.cascade  # noqa: F401, registers a backbone
-from models import BACKBONES, class_of, create_model, list_models
+from models import BACKBONES, class_of, create_model
 from models.backbone import Backbone, as_backbone
 from models.layers.modulation import Modulator
 from models.layers.style import Mlp
@@ -74,7 +74,7 @@ def wake(model):
     return model
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", BACKBONES)
 def test_every_name_builds_on_the_meta_device(name, **variant):
     with torch.device("meta"):
         model = create_model(name, input_size=32, in_channels=4, out_channels=8, num_classes=1000, **variant)

@@ -72,8 +72,8 @@ def label_by_numbers(axis: Any) -> None:
 
 
 @errors_as_warnings("progress.png")
-def draw_progress(run: Path, at_most: int = 10) -> None:
-    """Combine a run's sample grids in `progress.gif`, and up to `at_most` of them in `progress.png`."""
+def draw_progress(run: Path) -> None:
+    """Combine a run's sample grids in `progress.gif`, and up to ten of them in `progress.png`."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, left = ImageFont.load_default(size=11), 80
@@ -88,7 +88,7 @@ def draw_progress(run: Path, at_most: int = 10) -> None:
     durations = [500] * (len(frames) - 1) + [2000]  # in milliseconds; the last frame stays longer
     frames[0].save(run / "progress.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
-    num = min(at_most, len(frames))
+    num = min(10, len(frames))
     shown = [frames[round(index * (len(frames) - 1) / max(1, num - 1))] for index in range(num)]
     canvas = Image.new("RGB", (max(frame.width for frame in shown), sum(frame.height for frame in shown)), "white")
     top = 0

@@ -129,23 +129,22 @@ def batches_of(cache: LatentCache, codec: Codec, batch_size: int) -> Callable[[]
     return next_batch
 
 
-def sparse_cache(folder: Path, num_images: int, image_size: int = 256, channels: int = 8, factor: int = 8) -> None:
-    """Write a latent cache of zeros with two views, as sparse files, which take almost no space on the disk."""
+def sparse_cache(folder: Path, num_images: int) -> None:
+    """Write a latent cache of zeros, two views of images of 256 pixels, as sparse files, which take almost no space."""
     folder.mkdir(parents=True)
-    side, names = image_size // factor, []
+    names = []
     for first in range(0, num_images, IMAGES_PER_SHARD):
         num = min(IMAGES_PER_SHARD, num_images - first)
         names.append(f"{num}-{first:08d}.safetensors")
         if not (template := folder / f"{num}").exists():
             shard = {name: torch.zeros(num, dtype=torch.int64) for name in ("labels", "source_indices")}
-            shard["stored"] = torch.zeros(num, 2, channels, side, side, dtype=torch.float16)
+            shard["stored"] = torch.zeros(num, 2, 8, 32, 32, dtype=torch.float16)
             write_shard(template, shard)
         with template.open("rb") as source, (folder / names[-1]).open("wb") as file:
             length = source.read(8)
             file.write(length + source.read(int.from_bytes(length, "little")))
             file.truncate(template.stat().st_size)
-    classes, size = ["0"], [image_size, image_size]
-    manifest = {"format": FORMAT, "classes": classes, "image_size": size, "shards": names}
+    manifest = {"format": FORMAT, "classes": ["0"], "image_size": [256, 256], "shards": names}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
