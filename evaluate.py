@@ -142,9 +142,10 @@ def score_samples(
     from evaluation import record
     from evaluation.likelihood import held_out_likelihood
     from evaluation.sources import from_images
+    from evaluation.table import latex
     from experiment.inputs import check_output
     from machine.accelerator import from_main
-    from machine.atomic_files import keeping
+    from machine.atomic_files import keeping, write_atomic
     from machine.lock import taking_turns
     from metrics.fidelity import class_distances
     from metrics.reference import write_adm
@@ -195,7 +196,7 @@ def score_samples(
         written = [output, *write_pictures(output, rows, columns, inputs, nearest)]
         if config.latex:
             written.append(output.with_suffix(".tex"))
-            record.write_latex(written[-1], rows, columns)
+            write_atomic(written[-1], record.table(rows, columns, form=latex))
     if config.write_reference and held_out:
         pixels = from_images(held_out, "held-out images").images(torch.arange(len(held_out)))
         written.append(Path(config.write_reference))

@@ -16,7 +16,7 @@ import torch
 
 from evaluation.scoring import Memorisation, Reference, Row, Scorer
 from evaluation.sources import Source
-from evaluation.table import latex, number, terminal
+from evaluation.table import number, terminal
 from machine.accelerator import describe_device
 from machine.atomic_files import unused_path, write_atomic
 from metrics.features import Extractor
@@ -147,10 +147,6 @@ def table(
         settings = [str(row.settings.get(column, "")) for column in columns]
         cells.append([row.name, *settings, *(_cell(metric, row.scores.get(metric)) for metric in metrics)])
     return form(cells)
-
-
-def write_latex(path: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
-    write_atomic(path, table(rows, columns, form=lambda cells: latex(cells[:1], cells[1:])))
 
 
 def format_report(

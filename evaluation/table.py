@@ -50,8 +50,11 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def latex(*parts: Sequence[Row]) -> str:
-    """Format as a booktabs table for `\\input`, with a rule between the parts, the first of which is the head."""
+    """Format as a booktabs table for `\\input`, with a rule between the parts, the first of which is the head; of a
+    single part, that is its first row."""
     lines = [r"\begin{tabular}{l" + "r" * (len(parts[0][0]) - 1) + "}", r"\toprule"]
+    if len(parts) == 1:
+        parts = parts[0][:1], parts[0][1:]
     for index, rows in enumerate(filter(None, parts)):
         lines += [r"\midrule"] * (index > 0)
         lines += [" & ".join(_tex_cell(_cell(cell)) for cell in row) + r" \\" for row in rows]

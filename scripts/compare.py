@@ -18,7 +18,7 @@ from experiment.cli import run_main
 from settings import reads
 
 # Formats of a table, and of a note below it, by suffix.
-FORMS = {"md": (markdown, "\n{}"), "tex": (lambda cells: latex(cells[:1], cells[1:]), "% {}")}
+FORMS = {"md": (markdown, "\n{}"), "tex": (latex, "% {}")}
 
 
 @dataclass(frozen=True)
