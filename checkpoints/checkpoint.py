@@ -303,11 +303,8 @@ def _sort_header(path: Path) -> None:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Read and verify the metadata of a safetensors file, without its tensors."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"--checkpoint {path}: cut short or not a safetensors file ({error})") from error
+    with _opened(path) as file:
+        metadata = file.metadata() or {}
     if metadata.get("metadata_sha256", _sha256(metadata)) != _sha256(metadata):
         raise CheckpointError(f"--checkpoint {path}: its metadata have another checksum; give another copy of it")
     return metadata
@@ -343,7 +340,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: cut short or missing ({error})") from error
+        raise CheckpointError(f"--checkpoint {path}: cut short or not a safetensors file ({error})") from error
 
 
 def _sha256(metadata: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ SAME = {
     "num_reference": "reference images",
     "extractor_sha256": "extractor",
     "settings": "settings of metrics",
+    **{f"reference.{entry}": "reference images" for entry in REFERENCE},
 }
 SWEEPABLE = ("sampler", "spacing", "num_steps", "model_calls", "network_evaluations")
 SWEEPABLE += ("guidance_scale", "guidance_interval", "guidance_rescale")
@@ -58,8 +59,7 @@ def check_comparable(names: Sequence[str], records: Sequence[Mapping[str, Any]])
     """
     first = records[0]
     for name, record in zip(names, records, strict=True):
-        same = dict(SAME) | {f"reference.{entry}": "reference images" for entry in REFERENCE}
-        for entry, what in same.items():
+        for entry, what in SAME.items():
             values = [_entry(one, entry) for one in (first, record)]
             if entry == "settings":  # of the metrics that both have
                 values = [{metric: value.get(metric) for metric in values[0].keys() & values[1]} for value in values]

@@ -82,13 +82,11 @@ class Merged(nn.Module):
             for name, value in self.model.state_dict(keep_vars=keep_vars).items()
             if ".lora_" not in name
         }
-        adapted = {name: layer for name, layer in self.model.named_modules() if hasattr(layer, "get_delta_weight")}
-        return state | {f"{name}.weight": merged_weight(layer) for name, layer in adapted.items()}
-
-
-def merged_weight(layer: Any) -> Tensor:
-    """The weight of a linear layer, including what peft's adapter adds to it."""
-    return layer.base_layer.weight + layer.get_delta_weight(NAME)
+        layers: Any = self.model.named_modules()
+        for name, layer in layers:
+            if hasattr(layer, "get_delta_weight"):  # one with peft's adapter
+                state[f"{name}.weight"] = layer.base_layer.weight + layer.get_delta_weight(NAME)
+        return state
 
 
 def numel(weights: Iterable[Tensor]) -> int:
