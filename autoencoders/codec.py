@@ -97,6 +97,7 @@ class Codec(nn.Module):
     provenance: Any  # the identity and where it came from, for records
     density_offset: float = 0.0  # added to the bits per dimension of `x_0`'s density to get those of 8-bit pixels
     limit: float | None = None  # largest absolute value of `x_0`
+    in_pixel_space: bool = False  # whether `x_0` is the image itself
 
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """Return channels, height and width of `x_0` for an image of this size."""
@@ -229,6 +230,7 @@ class PixelCodec(Codec):
     factor = 1
     density_offset = math.log2(127.5)
     limit = 1.0
+    in_pixel_space = True
     identity: ClassVar[dict] = {"codec": "pixel", "sha256": "", "input_range": "[-1, 1]", "scale": 1.0, "shift": 0.0}
     provenance: ClassVar[dict] = {**identity, "autoencoder": "pixel", "decoder_sha256": ""}
 

@@ -1,6 +1,7 @@
 """Data sets: image files, procedural shapes, and the cache of their encoded images."""
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from itertools import chain
 from typing import Any
@@ -16,10 +17,8 @@ DATASETS: dict[str, Callable[..., ImageSet]] = {"shapes": ShapesDataset}  # othe
 def open_dataset(path: str, **settings: Any) -> ImageSet:
     """Open a data set of `DATASETS` by name, or image files by path. `settings` are those of the section `data`; each
     data set receives the ones that it has parameters for."""
-    if path not in DATASETS:
-        options = {name: value for name, value in settings.items() if name not in ("num_images", "difficulty")}
-        return ImageDataset(path, **options)
-    parameters = signature(DATASETS[path]).parameters
+    dataset = DATASETS.get(path) or partial(ImageDataset, path)
+    parameters = signature(dataset).parameters
     for name in ("classes", "exclude_classes", "label_column"):
         if settings.get(name) and name not in parameters:
             raise DataError(f"--data.{name} {settings[name]}: {path} keeps all of its classes; leave it out, or '[]'")
@@ -28,7 +27,7 @@ def open_dataset(path: str, **settings: Any) -> ImageSet:
         raise DataError(
             f"--data.train_fraction {fraction}: {path} is cut by its own settings, such as --data.num_images"
         )
-    return DATASETS[path](**{name: value for name, value in settings.items() if name in parameters})
+    return dataset(**{name: value for name, value in settings.items() if name in parameters})
 
 
 def summarize_splits(train, held_out) -> str:

@@ -44,7 +44,7 @@ def baselines(
     rows: list[tuple[Source, Sequence[str]]] = []
     for floor, name, metrics in floors:
         rows.append((floor, metrics))
-        if codec.source != "pixel":
+        if not codec.in_pixel_space:
             ceiling = reconstructions(floor, codec, accelerator.device, evaluation.seed)
             rows.append((replace(ceiling, name=name), metrics))
     return rows

@@ -28,6 +28,8 @@ TABLES = {  # module and name of each kind's table; the module is imported on re
     "auxiliary": ("training.objective", "AUXILIARY"),
     "metric": ("metrics.scores", "METRICS"),
 }
+# What makes the row of a kind that takes arguments.
+ROWS: dict[str, Any] = {"backbone": lambda thing, **arguments: (thing, arguments), "metric": Metric}
 
 
 def register(kind: str, name: str, **arguments: Any) -> Callable[[T], T]:
@@ -41,7 +43,7 @@ def register(kind: str, name: str, **arguments: Any) -> Callable[[T], T]:
     """
     if kind not in TABLES:
         raise ValueError(f"register({kind!r}, {name!r}): no such kind, choose from {', '.join(TABLES)}")
-    if arguments and kind not in ("backbone", "metric"):
+    if arguments and kind not in ROWS:
         raise ValueError(f"register({kind!r}, {name!r}): a {kind} takes no arguments, leave out {', '.join(arguments)}")
     module, table = TABLES[kind]
 
@@ -51,10 +53,7 @@ def register(kind: str, name: str, **arguments: Any) -> Callable[[T], T]:
             taken = class_of(name) if kind == "backbone" else getattr(rows[name], "compute", rows[name])
             owner = f"{getattr(taken, '__module__', '')}.{getattr(taken, '__qualname__', taken)}"
             raise ValueError(f"register({kind!r}, {name!r}): the name is taken, by {owner}; choose another")
-        if kind == "metric":
-            rows[name] = Metric(thing, **arguments)
-        else:
-            rows[name] = (thing, arguments) if kind == "backbone" else thing
+        rows[name] = ROWS[kind](thing, **arguments) if kind in ROWS else thing
         if kind == "diffusion":
             open_section(DiffusionConfig, rows)  # so that its parameters become flags
         return thing

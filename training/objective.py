@@ -103,7 +103,7 @@ class Perceptual:
     def __init__(
         self, config: AuxiliaryConfig, model: nn.Module, codec: Codec, device: torch.device, data_time: float
     ) -> None:
-        if codec.source != "pixel":
+        if not codec.in_pixel_space:
             raise ValueError("--auxiliary perceptual: it looks at images, not at latents; use --autoencoder pixel")
         self.network = perceptual_network(config.network, config.heads).to(device)
 
