@@ -46,11 +46,9 @@ def side_by_side(pictures: list[Pictures]) -> list[tuple[str, list[UInt8[np.ndar
     if not pictures:
         return []
     shared = [name for name in pictures[0].classes if all(name in model.classes for model in pictures)]
-
-    def first_samples(model: Pictures, name: str) -> UInt8[np.ndarray, "n h w 3"]:
-        return model.images[model.classes.index(name), :NUM_SIDE_BY_SIDE]
-
-    return [(name, [first_samples(model, name) for model in pictures]) for name in shared]
+    return [
+        (name, [model.images[model.classes.index(name), :NUM_SIDE_BY_SIDE] for model in pictures]) for name in shared
+    ]
 
 
 def save_side_by_side(pictures: list[Pictures], path: Path) -> None:

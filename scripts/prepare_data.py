@@ -100,9 +100,8 @@ def write_zip(items: Iterator[Item], output: Path, image_size: int | None, *, so
                 fit(to_rgb(image), size).save(buffer, format="PNG")
                 class_folder = re.sub(r"[/\\]|^\.", "_", name)
                 if not class_folder or class_of.setdefault(class_folder, name) != name:
-                    problem = "has no name"
-                    if class_folder:
-                        problem = f"would lie in one folder with '{class_of[class_folder]}'"
+                    other = class_of.get(class_folder)
+                    problem = f"would lie in one folder with '{other}'" if other else "has no name"
                     raise ValueError(f"--dataset {source}: the class '{name}' {problem}; rename it at its source")
                 folder = f"{split}/{class_folder}" if split else class_folder
                 archive.writestr(f"{folder}/{counts[folder]:06d}.png", buffer.getvalue())

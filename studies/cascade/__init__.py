@@ -12,8 +12,6 @@ from settings import check_name
 if TYPE_CHECKING:
     import studies.cascade.cascade_diffusion
 
-COARSE = ("diffusion", "dae", "resnet")
-
 
 def cascade(
     coarse: str = "diffusion",
@@ -52,7 +50,6 @@ def cascade(
     from studies.cascade.denoising import Denoising
     from studies.cascade.refinement import Refinement, SuperResolution
 
-    check_name("--diffusion.coarse", coarse, COARSE)
     if len(phases) != len(PHASES) or min(phases) < 0 or not sum(phases) > 0:
         raise ValueError(f"--diffusion.phases {list(phases)}: give the lengths of three phases, such as [35, 35, 30]")
     if len(forcing) != 2 or any(len(ends) != 2 or not all(0 <= p <= 1 for p in ends) for ends in forcing):
@@ -62,6 +59,7 @@ def cascade(
         )
     images = gaussian(schedule, num_timesteps, prediction, "fixed_small")
     stages = {"diffusion": images, "dae": Denoising(1.0, sigma), "resnet": Denoising(0.0, 1.0)}
+    check_name("--diffusion.coarse", coarse, stages)
     refinement = SuperResolution(images, augmentation) if refiner == "diffusion" else Refinement()
     parts = {"coarse": coarse, "upsampler": upsampler, "refiner": refiner, "factor": factor}
     return Cascade(stages[coarse], refinement, factor, phases, forcing, parts)

@@ -186,10 +186,6 @@ class ConvRefiner(Residual):
         return super().forward(image)
 
 
-def no_refiner(channels: int, size: tuple[int, int], num_classes: int) -> nn.Module:
-    return PassThrough()
-
-
 class DiffusionRefiner(nn.Module):
     """Denoiser of the full-size image, conditioned on the image to refine and both noise levels (Ho et al. 2021)."""
 
@@ -216,7 +212,7 @@ class DiffusionRefiner(nn.Module):
 
 COARSE = {"diffusion": ResidualNet, "dae": Autoencoder, "resnet": ResidualNet}
 UPSAMPLERS = {"pixelshuffle": PixelShuffle, "bilinear": Bilinear, "resnet": ResNet, "interpolation": interpolation}
-REFINERS = {"vit": ViTRefiner, "conv": ConvRefiner, "none": no_refiner, "diffusion": DiffusionRefiner}
+REFINERS = {"vit": ViTRefiner, "conv": ConvRefiner, "none": lambda *_: PassThrough(), "diffusion": DiffusionRefiner}
 
 
 Connect = Callable[[Tensor], Tensor | None] | None
