@@ -65,37 +65,15 @@ def main(config: RecogniseConfig) -> None:
         raise ValueError("nothing to do: give --samples NPZ, or --classifier FILE or --output JSON to keep")
     real, held_out = (open_split(config.data, split) for split in ("train", "test"))
     classes = real.classes
-    samples, labels, origin = torch.zeros(0), None, {}
-    if config.samples:
-        samples, labels, origin = read_samples(config.samples, classes)
-    largest = 1 if labels is None else int(labels.max())
-    if len(classes) < 2 or largest >= len(classes):
-        raise ValueError(
-            f"--data.path {config.data.path}: its classes are {', '.join(classes) or 'none'}, and the samples' labels "
-            f"run up to {largest}; give the images that the model was trained on"
-        )
-    if config.samples and (side := config.data.image_size) != samples.shape[-1]:
-        size = samples.shape[-1]
-        raise ValueError(f"--samples {config.samples}: {size} pixels wide, not {side}; give --data.image_size {size}")
+    samples, labels, origin = read_samples(config.samples, classes) if config.samples else (None, None, {})
+    check_samples(config, samples, labels, classes)
 
     def read(dataset):
         return torch.cat([batch.images for batch in image_batches(dataset, 256)])
 
-    classifier = train_classifier(
-        read(real),
-        real.labels,
-        len(classes),
-        epochs=config.epochs or default_epochs(len(real)),
-        seed=config.seed,
-        side=config.side,
-        width=config.width,
-        mirror=config.mirror,
-        thorough=config.thorough,
-    )
-    if config.classifier:
-        classifier.save(config.classifier)
-    if config.perceptual:
-        classifier.save_perceptual(config.perceptual)
+    settings = {name: getattr(config, name) for name in ("seed", "side", "width", "mirror", "thorough")}
+    epochs = config.epochs or default_epochs(len(real))
+    classifier = train_classifier(read(real), real.labels, len(classes), epochs=epochs, **settings)
     real_probabilities = classifier.probabilities(read(held_out))
     accuracy = (real_probabilities.argmax(dim=1) == held_out.labels).float().mean().item()
     figures: dict[str, Any] = {"held_out_accuracy": accuracy, "num_held_out": len(held_out)}
@@ -104,25 +82,44 @@ def main(config: RecogniseConfig) -> None:
         f"The classifier is right about {accuracy:.2%} of {len(held_out)} held-out images; "
         f"to name the most frequent class is right about {guessing:.2%}."
     )
-    for path in filter(None, (config.classifier, config.perceptual)):
-        print(f"saved: {path}")
-    if config.samples:
-        probabilities = classifier.probabilities(samples)
+    for path, save in ((config.classifier, classifier.save), (config.perceptual, classifier.save_perceptual)):
+        if path:
+            print(f"saved: {save(path)}")
+    if samples is not None:
         figures |= {"num_samples": len(samples), "samples": origin}
-        if labels is not None:
-            correct = (probabilities.argmax(dim=1) == labels).float()
-            per_class = {classes[label]: correct[labels == label].mean().item() for label in labels.unique().tolist()}
-            figures |= {"class_agreement": correct.mean().item(), "per_class": per_class}
-            print(f"It takes {correct.mean():.2%} of {len(samples)} samples for the class asked for.")
-        (sure, shown), (real_sure, real_shown) = map(sureness, (probabilities, real_probabilities))
-        figures |= {"confidence": sure, "held_out_confidence": real_sure}
-        figures |= {"classes_shown": shown, "held_out_classes_shown": real_shown}
-        print(
-            f"It is {sure:.2f} sure of {len(samples)} samples, {real_sure:.2f} of held-out images; they show "
-            f"{shown:.1f} and {real_shown:.1f} of {len(classes)} classes."
-        )
+        figures |= measure(classifier.probabilities(samples), labels, real_probabilities, classes)
     if config.output:
         write_atomic(config.output, json.dumps(figures, indent=2) + "\n", keep=True)
+
+
+def check_samples(config: RecogniseConfig, samples: Any, labels: Any, classes: list[str]) -> None:
+    """Raise ValueError unless there are classes to distinguish, and samples are of these and as large as the images."""
+    largest = 1 if labels is None else int(labels.max())
+    if len(classes) < 2 or largest >= len(classes):
+        raise ValueError(
+            f"--data.path {config.data.path}: its classes are {', '.join(classes) or 'none'}, and the samples' labels "
+            f"run up to {largest}; give the images that the model was trained on"
+        )
+    if samples is not None and (size := samples.shape[-1]) != (side := config.data.image_size):
+        raise ValueError(f"--samples {config.samples}: {size} pixels wide, not {side}; give --data.image_size {size}")
+
+
+def measure(probabilities: Any, labels: Any, real_probabilities: Any, classes: list[str]) -> dict[str, Any]:
+    """Compare the class probabilities of samples with their labels, if they have any, and with those of held-out
+    images; print and return the figures."""
+    figures: dict[str, Any] = {}
+    if labels is not None:
+        correct = (probabilities.argmax(dim=1) == labels).float()
+        per_class = {classes[label]: correct[labels == label].mean().item() for label in labels.unique().tolist()}
+        figures |= {"class_agreement": correct.mean().item(), "per_class": per_class}
+        print(f"It takes {correct.mean():.2%} of {len(labels)} samples for the class asked for.")
+    (sure, shown), (real_sure, real_shown) = map(sureness, (probabilities, real_probabilities))
+    print(
+        f"It is {sure:.2f} sure of {len(probabilities)} samples, {real_sure:.2f} of held-out images; they show "
+        f"{shown:.1f} and {real_shown:.1f} of {len(classes)} classes."
+    )
+    figures |= {"confidence": sure, "held_out_confidence": real_sure}
+    return {**figures, "classes_shown": shown, "held_out_classes_shown": real_shown}
 
 
 def default_epochs(num_images: int) -> int:
