@@ -35,7 +35,7 @@ def start_or_resume(config: R, say: Callable[[str], None]) -> tuple[R, Path | No
     if list_checkpoints(run / "checkpoints"):
         raise FileExistsError(f"{run} holds a run already: --resume {run}, give another --name, or delete it")
     for path in [path for pattern in OUTPUTS for path in run.glob(pattern) if ".before-" not in path.name]:
-        say(f"{path} is of an earlier training, and is now {_move_aside(path)}")
+        say(f"{path} is of an earlier training, and is now {path.rename(unused_path(path))}")
     return config, None
 
 
@@ -47,11 +47,7 @@ def discard_later_results(run: Path, step: int, say: Callable[[str], None] = pri
             path.unlink()
     for checkpoint in list_checkpoints(run / "checkpoints"):
         if int(checkpoint.name) > step:
-            say(f"{checkpoint} is damaged, and is now {_move_aside(checkpoint)}")
-
-
-def _move_aside(path: Path) -> Path:
-    return path.rename(unused_path(path))
+            say(f"{checkpoint} is damaged, and is now {checkpoint.rename(unused_path(checkpoint))}")
 
 
 def resume_config(config: R, checkpoint: Path, say: Callable[[str], None]) -> R:
