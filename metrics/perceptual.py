@@ -116,8 +116,6 @@ def perceptual_network(name: str, heads: str | None = None) -> nn.Module:
         )
     if heads is not None and name != "lpips":
         raise ValueError(f"--auxiliary heads {heads}: network {name} has none; leave it out, or use network lpips")
-    if heads is not None:
-        network = LPIPSFeatures(heads)
-    else:
-        network = NETWORKS[name]() if name in NETWORKS else ProgramFeatures(name)
+    options = {} if heads is None else {"heads": heads}
+    network = NETWORKS[name](**options) if name in NETWORKS else ProgramFeatures(name)
     return network.requires_grad_(False).eval()
