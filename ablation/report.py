@@ -141,18 +141,21 @@ def format_facts(results: Results) -> dict[str, str]:
     def planned(name: str) -> str:
         return _distinct(run.plan[name] for run in results.runs)
 
+    def versions_of(name: str) -> str:
+        return _distinct(run.record["versions"].get(name) for run in results.runs)
+
     defaults = {name: value for name, value in asdict(SamplingConfig()).items() if name not in ALWAYS_SHOWN}
     settings = [item for run in results.runs for item in run.record["samples"].items()]
     changed = dict.fromkeys(name for name, value in settings if name in defaults and value != defaults[name])
     others = "".join(f", {name} {sampled(name)}" for name in changed)
     return {
-        "samples": f"{first['num_samples']} a trial, labels {samples['labels']}, seed {samples['seed']} and on",
+        "samples": f"{first['num_samples']} a trial, labels {samples['labels']}, seed {sampled('seed')} and on",
         "reference": f"{first['num_reference']} images, {reference.get('split', '')} of {reference.get('source', '')}",
         "extractor": f"{first['extractor']}, sha256 {first['extractor_sha256']}",
         "sampling": f"{sampled('sampler')}, {sampled('num_steps')} steps, guidance {sampled('guidance_scale')}{others}",
         "training": f"{planned('num_steps')} steps of {planned('batch_size')}",
         "commit": sampled("trained_at_commit"),
-        "versions": ", ".join(f"{name} {version}" for name, version in first["versions"].items()),
+        "versions": "; ".join(f"{name} {versions_of(name)}" for name in first["versions"]),
         "folder": results.folder.as_posix(),
     }
 

@@ -214,6 +214,16 @@ def test_a_report_is_of_the_baseline_that_the_edited_yaml_names(ablation):
             read_results(other.parent, AblationConfig(**{**PARTS, part: value}))
 
 
+def test_facts_that_differ_among_runs_are_all_told(ablation):
+    """The first run's version and seed stood for all."""
+    results = read_results(ablation)
+    results.runs[-1].record["versions"] = {"torch": "3"}
+    results.runs[-1].record["samples"]["seed"] = 5
+    facts = format_facts(results)
+    assert facts["versions"] == "torch 2, 3"
+    assert facts["samples"].endswith("seed 0, 5 and on")
+
+
 def test_a_tie_has_no_best(ablation):
     results = read_results(ablation)
     first, *_ = results.variants
