@@ -43,7 +43,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from training.assembly import build_backbone, build_batches, build_objective, open_problem, prepare
     from training.guard import Guard, gradient_norm
     from training.inspection import Inspections, open_best
-    from training.log import is_due
+    from training.log import end_training, is_due
     from training.objective import phase_at
     from training.optimizer import learning_rate, num_training_steps
     from training.preparation import forecast
@@ -114,7 +114,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     # Sample a final grid; everything is saved by now.
     accelerator.print(f"checkpoint: {run.folder}/checkpoints/{run.step:08d}")
     run.inspect(inspections.draw)
-    accelerator.end_training()
+    end_training(accelerator)
     if (grid := run.folder / "samples" / f"{run.step:08d}.png").is_file():  # there is none of ruined weights
         accelerator.print(f"samples:    {grid}")
 

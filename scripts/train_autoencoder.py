@@ -40,7 +40,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
     from autoencoder_training.previews import Previews
     from checkpoints.training_state import TrainingState
     from training.guard import Guard, gradient_norm
-    from training.log import is_due
+    from training.log import end_training, is_due
     from training.optimizer import Optimizers, learning_rate
 
     config, accelerator, parts, num_steps = run.config, run.accelerator, build_parts(run), run.config.train.num_steps
@@ -105,7 +105,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
     # Everything is saved by now; measure the averaged weights and export them.
     accelerator.print(f"checkpoint:  {run.folder}/checkpoints/{run.step:08d}")
     run.inspect(previews.draw)
-    accelerator.end_training()
+    end_training(accelerator)
     if run.is_main:
         with run.interruption.interruptible(can_save=True):
             export(run, parts.ema.model.autoencoder, batches.sources[0], parts.held_out)

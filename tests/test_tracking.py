@@ -2,6 +2,8 @@
 
 import json
 import time
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sampling.grids import save_grid
 from training.curves import draw_curve, draw_progress, label_by_numbers
-from training.log import Log
+from training.log import Log, end_training
 
 
 def test_pictures_that_cannot_be_drawn_are_reported(tmp_path, capsys):
@@ -65,6 +67,19 @@ def test_a_broken_line_of_the_log_is_named_and_left_out(tmp_path, capsys):
     assert log.path.read_text() == '{"step": 1}\n{"step": 3}\n'
     told = capsys.readouterr().out.splitlines()
     assert [line.partition(" is broken")[0] for line in told] == [f"warning: {log.path}: line {n}" for n in (2, 4)]
+
+
+def test_a_tracker_that_fails_stops_no_training(tmp_path, capsys):
+    """That of wandb is a process of its own, and tensorboard's thread fails on a full disk."""
+    failing = Mock(side_effect=BrokenPipeError("gone"))
+    accelerator = Accelerator(cpu=True)
+    log = Log(tmp_path, accelerator, {})
+    accelerator.trackers = [SimpleNamespace(log=failing, finish=failing, name="wandb")]
+    log.write(1, loss=0.5)
+    end_training(accelerator)
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 1, "loss": 0.5}
+    said = ["step 1 in a tracker is left out: gone", "the end of a tracker is left out: gone"]
+    assert capsys.readouterr().out.splitlines() == [f"warning: {words}" for words in said]
 
 
 def test_steps_that_are_taken_again_replace_those_before_in_tensorboard(tmp_path):

@@ -1,21 +1,11 @@
 """Pictures of a run (its losses, and the progress of its samples) and of a benchmark."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from machine.checkpoint_folder import paths_by_step
-from training.log import read_log
-
-
-@contextmanager
-def errors_as_warnings(what: object) -> Iterator[None]:
-    """Context that turns an error into a warning, so that a plot that fails does not stop a training."""
-    try:
-        yield
-    except Exception as error:  # fonts, texts and foreign files fail in many ways
-        print(f"warning: {what} is left out: {error}", flush=True)
+from training.log import errors_as_warnings, read_log
 
 
 @errors_as_warnings("loss.png")

@@ -17,6 +17,7 @@ from machine.atomic_files import write_atomic
 from machine.children import EXIT_CODE, STOPPED, handling_signals
 from machine.lock import Lock
 from machine.stopping import BEFORE, SIGNALS
+from training.log import end_training
 
 TIME_LIMIT = 1  # code of a reason to stop; 0 stands for none, and 1 + n for signal n, which takes precedence
 
@@ -55,7 +56,7 @@ class Interruption:
             if is_main:
                 write_atomic(self.run / STOPPED, f"{message}\n")
             if not self.left_alone:
-                self.accelerator.end_training()
+                end_training(self.accelerator)
             with suppress(OSError):  # if the terminal is closed
                 self.accelerator.print(message)
         self.handling.__exit__(None, None, None)

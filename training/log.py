@@ -1,7 +1,8 @@
 """The log of a run: `log.jsonl` and Accelerate's trackers."""
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         with suppress(ValueError):
             events.append(json.loads(line))
     return [event for event in events if isinstance(event, dict) and "step" in event]
+
+
+@contextmanager
+def errors_as_warnings(what: object) -> Iterator[None]:
+    """Context that turns an error into a warning, so that a plot that fails does not stop a training."""
+    try:
+        yield
+    except Exception as error:  # fonts, texts and foreign files fail in many ways
+        print(f"warning: {what} is left out: {error}", flush=True)
+
+
+def end_training(accelerator: Accelerator) -> None:
+    """End the trackers, whose errors become warnings, and the group of processes."""
+    with errors_as_warnings("the end of a tracker"):
+        accelerator.end_training()
 
 
 class Log:
@@ -49,7 +65,8 @@ class Log:
         if self.accelerator.is_main_process:
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
-        self.accelerator.log({name: value for name, value in values.items() if not isinstance(value, list)}, step=step)
+        with errors_as_warnings(f"step {step} in a tracker"):  # whose own process may have died
+            self.accelerator.log({name: each for name, each in values.items() if not isinstance(each, list)}, step=step)
 
     def image(self, step: int, path: Path) -> None:
         """Send a grid to the trackers that accept images."""

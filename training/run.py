@@ -25,10 +25,10 @@ from machine.background import Background
 from machine.checkpoint_folder import Best, check_links, checkpoint_to_resume, mark_best, rotate
 from machine.sharding import is_sharded
 from sampling.grids import save_grid
-from training.curves import draw_curve, errors_as_warnings
+from training.curves import draw_curve
 from training.guard import Guard
 from training.interruption import Interruption, Stopped
-from training.log import Log, is_due
+from training.log import Log, errors_as_warnings, is_due
 from training.meter import Meter
 from training.resumption import changed_metric, discard_later_results, former_settings, start_or_resume
 
