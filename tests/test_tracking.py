@@ -38,6 +38,18 @@ def test_pictures_that_cannot_be_drawn_are_reported(tmp_path, capsys):
     assert capsys.readouterr().out.startswith("warning: loss.png is left out: ")
 
 
+def test_the_progress_of_a_long_training_takes_no_longer_than_that_of_a_short_one(tmp_path):
+    """All grids were drawn anew with each, minutes at 256 pixels after some hundred of them."""
+    for step in range(1, 122):
+        grid = torch.full((1, 3, 64, 64 * (1 + 20 * (step == 121))), step, dtype=torch.uint8)
+        save_grid(grid, tmp_path / "samples" / f"{step:08d}.png", columns=1)
+    draw_progress(tmp_path)
+    with Image.open(tmp_path / "progress.gif") as moving, Image.open(tmp_path / "progress.png") as picture:
+        assert moving.n_frames == 50
+        assert picture.width == 1080
+        assert [picture.getpixel((90, 20 + 66 * row))[0] for row in (0, 8)] == [1, 109]
+
+
 def test_scores_of_a_training_have_panels_beside_the_loss(tmp_path):
     events = [{"step": step, "loss": 1 / step, "lr": 0.1, "images_per_second": 3.0} for step in (1, 2, 3)]
     widths = []

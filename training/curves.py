@@ -7,6 +7,8 @@ from typing import Any
 from machine.checkpoint_folder import paths_by_step
 from training.log import errors_as_warnings, read_log
 
+MOST_FRAMES, WIDEST = 50, 1000  # grids in progress.gif, and their width in pixels: all are drawn anew with each grid
+
 
 @errors_as_warnings("loss.png")
 def draw_curve(run: Path) -> None:
@@ -62,14 +64,15 @@ def label_by_numbers(axis: Any) -> None:
 
 
 @errors_as_warnings("progress.png")
-def draw_progress(run: Path) -> None:
-    """Combine a run's sample grids in `progress.gif`, and up to ten of them in `progress.png`."""
+def draw_progress(run: Path, at_most: int = 10) -> None:
+    """Combine up to `MOST_FRAMES` of a run's sample grids in `progress.gif`, and up to `at_most` in `progress.png`."""
     from PIL import Image, ImageDraw, ImageFont
 
     font, left = ImageFont.load_default(size=11), 80
     frames = []
-    for step, path in paths_by_step(run / "samples", ".png").items():
+    for step, path in _spread([*paths_by_step(run / "samples", ".png").items()], MOST_FRAMES):
         with errors_as_warnings(path), Image.open(path, formats=("PNG",)) as grid:
+            grid.thumbnail((WIDEST, grid.height))
             frame = Image.new("RGB", (grid.width + left, grid.height), "white")
             frame.paste(grid, (left, 0))
             ImageDraw.Draw(frame).text((6, frame.height // 2), f"step {step}", fill="black", font=font)
@@ -78,14 +81,19 @@ def draw_progress(run: Path) -> None:
     durations = [500] * (len(frames) - 1) + [2000]  # in milliseconds; the last frame stays longer
     frames[0].save(run / "progress.gif", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
-    num = min(10, len(frames))
-    shown = [frames[round(index * (len(frames) - 1) / max(1, num - 1))] for index in range(num)]
+    shown = _spread(frames, at_most)
     canvas = Image.new("RGB", (max(frame.width for frame in shown), sum(frame.height for frame in shown)), "white")
     top = 0
     for frame in shown:
         canvas.paste(frame, (0, top))
         top += frame.height
     canvas.save(run / "progress.png")
+
+
+def _spread(items: Sequence[Any], at_most: int) -> list[Any]:
+    """Up to so many of the items, evenly spaced, the first and the last among them."""
+    num = min(at_most, len(items))
+    return [items[round(index * (len(items) - 1) / max(1, num - 1))] for index in range(num)]
 
 
 def draw_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
