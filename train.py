@@ -72,6 +72,8 @@ def train(run: Run[ExperimentConfig]) -> None:
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
     model, optimizers = prepare(run, model, objective)
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
+    if scorer and config.log.best != "validation_loss":
+        best.measured_by = scorer[0].extractor.sha256
     backbone = accelerator.unwrap_model(model)
     merged = Merged(backbone) if config.train.adapter else backbone  # as averages and checkpoints store it
     ema.shard_like(backbone)

@@ -108,6 +108,8 @@ class Best:
     lower: bool = True  # whether lower values are better
     value: float | None = None
     step: int | None = None
+    measured_by: str | None = None  # hash of the extractor; values by another do not compare
+    lost: bool = False  # whether `restore` found such a value
 
     def improves(self, value: float, step: int) -> bool:
         """Record the value if it is the best so far, and return whether it is."""
@@ -118,10 +120,13 @@ class Best:
         return False
 
     def state(self) -> dict[str, Any]:
-        return {"value": self.value, "step": self.step}
+        return {"value": self.value, "step": self.step, "measured_by": self.measured_by}
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned; a value that another extractor has measured becomes None."""
         self.value, self.step = state["value"], state["step"]
+        if self.value is not None and state.get("measured_by", self.measured_by) != self.measured_by:
+            self.value, self.lost = None, True
 
 
 def check_links(folder: Path) -> None:

@@ -23,6 +23,7 @@ from checkpoints.checkpoint import (
 from checkpoints.training_state import resume
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig
 from machine.checkpoint_folder import (
+    Best,
     CheckpointError,
     checkpoint_to_resume,
     list_checkpoints,
@@ -281,6 +282,15 @@ def test_the_best_is_the_lowest_or_the_highest_as_the_metric_has_it():
             open_best(replace(config, best=best), score)
     with pytest.raises(ValueError, match=r"--log\.best recall: it is never measured; set --log.evaluate_every"):
         open_best(LogConfig(best="recall"), score)
+
+
+def test_a_value_that_another_extractor_has_measured_is_not_the_best():
+    """A classifier may be trained again to the same file, between two parts of a training."""
+    state = Best("fid", value=1.0, step=3, measured_by="one").state()
+    for extractor, value in {"one": 1.0, "another": None}.items():
+        best = Best("fid", measured_by=extractor)
+        best.restore(state)
+        assert (best.value, best.step) == (value, 3)
 
 
 def test_results_of_older_or_other_weights_are_marked_with_their_name(saved, tmp_path):
