@@ -176,7 +176,7 @@ def _read_xswin(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
     side = patch[0] * reduction * math.isqrt(shapes["pos_embed"][1])
     return {
         "name": "XSwin",
-        "input_size": (side, side),
+        "input_size": side,
         "in_channels": shapes["smooth_conv_in.layers.1.weight"][1],
         "out_channels": shapes["head.pointwise.weight"][0],
         "num_classes": shapes["y_embedder.embedding_table.weight"][0] - 1,

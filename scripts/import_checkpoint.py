@@ -123,15 +123,14 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     model = load_reference(source, weights, arguments)
 
     side = arguments.pop("input_size")
-    height, width = side if isinstance(side, tuple) else (side, side)
     sizes = {name: arguments.pop(name) for name in ("in_channels", "out_channels", "num_classes")}
     name, args = find_named_backbone(arguments.pop("name"), arguments)
-    spec = ModelSpec(name=name, args=args, input_size=(height, width), **sizes)
-    factor = 1 if config.autoencoder == "pixel" else OTHER_FACTORS.get(source, LATENT_FACTOR)
-    diffusion, sampling = published_settings(source, weights, spec, factor * height)
+    spec = ModelSpec(name=name, args=args, input_size=(side, side), **sizes)
+    trained_on = side * (1 if config.autoencoder == "pixel" else OTHER_FACTORS.get(source, LATENT_FACTOR))
+    diffusion, sampling = published_settings(source, weights, spec, trained_on)
     if public:
-        public.check(config.weights.name, name, factor * height)
-    image_size = config.image_size or factor * height
+        public.check(config.weights.name, name, trained_on)
+    image_size = config.image_size or trained_on
     if config.data.image_size not in (DataConfig().image_size, image_size):
         raise ValueError(f"--data.image_size {config.data.image_size}: give it as --image_size, which is {image_size}")
     data = replace(config.data, image_size=image_size)
@@ -145,7 +144,7 @@ def import_backbone(config: ImportConfig, folder: Path) -> str:
     open_checkpoint(folder)
     return (
         f"{name}{f' {args}' if args else ''}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, "
-        f"{height}x{width}x{spec.in_channels} latents, {spec.num_classes} classes: "
+        f"{side}x{side}x{spec.in_channels} latents, {spec.num_classes} classes: "
     )
 
 
