@@ -27,6 +27,8 @@ from sampling.checks import resolve_sampling
 from sampling.labels import resolve_classes
 from training.optimizer import num_training_steps
 
+shared_codec = lru_cache(create_codec)  # of one name once for all runs
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -185,7 +187,7 @@ def make_plan(
         config, keys = planned.run.config, planned.keys
         if any_code:
             keys = accept_other_code(keys, stored[index], begun)
-        speed = measurements.speed(planned.spec, config, _codec(config.autoencoder)) if timed else None
+        speed = measurements.speed(planned.spec, config, shared_codec(config.autoencoder)) if timed else None
         plan[index] = replace(planned, keys=keys, speed=speed, startup=start)
     plan = [replace(planned, trained_in=_training_folder(planned, plan)) for planned in plan]
     write_atomic(folder / "plan.json", json.dumps(plan_to_dict(plan), indent=2) + "\n")
@@ -196,7 +198,7 @@ def plan_run(run: Run, ablation: AblationConfig, measurements: Measurements, *, 
     """Validate a run and count the cost of its backbone. Raises ValueError naming the variant that cannot be run."""
     config, warnings = run.config, list[str]()
     with naming_variant(run.variant):
-        diffusion, codec = build_diffusion(config.diffusion), _codec(config.autoencoder)
+        diffusion, codec = build_diffusion(config.diffusion), shared_codec(config.autoencoder)
         images, held_out = _open_splits(config.data)
         spec = model_spec(config, codec, diffusion, len(images.classes))
         cost = measurements.cost(spec)
@@ -222,7 +224,7 @@ def match_costs(plan: list[PlannedRun], measurements: Measurements) -> list[Plan
 
     def cost_of(spec: ModelSpec, config: ExperimentConfig) -> float:
         if rule.by == "time":
-            return 1 / measurements.speed(spec, config, _codec(config.autoencoder)).training
+            return 1 / measurements.speed(spec, config, shared_codec(config.autoencoder)).training
         cost = measurements.cost(spec)
         return cost.gflops if rule.by == "flops" else float(cost.parameters)
 
@@ -325,11 +327,6 @@ def _training_folder(planned: PlannedRun, plan: list[PlannedRun]) -> Path:
     key = planned.keys["train"]
     folders = [other.run.folder for other in plan if other.keys["train"] == key]
     return next((folder for folder in folders if done_stages(folder).get("began") == key), folders[0])
-
-
-@lru_cache
-def _codec(name: str) -> Any:
-    return create_codec(name)
 
 
 _SPLITS: dict[str, Any] = {}
