@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,17 +25,15 @@ from torch import Tensor, nn
 from autoencoders.codec import Codec, add_to_hash, create_codec, weights_sha256
 from checkpoints.hub import ASSET, EMBEDDED, is_checkpoint_name, resolve_to_file
 from data.latents import abbreviate
-from data.layout import join_abridged
 from diffusion.diffusion import Diffusion
-from experiment.build import build_diffusion, defining_settings
-from experiment.config import DiffusionConfig, ExperimentConfig
+from experiment.build import build_diffusion
+from experiment.config import ExperimentConfig
 from experiment.imports import contents_of, load_imports
 from experiment.mappings import from_dict
 from experiment.run_config import RunConfig
 from machine.accelerator import from_main
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
-from machine.sharded_building import weights_of
-from machine.sharding import full_tensor, shard_like
+from machine.sharding import shard_like
 from models import ModelSpec
 
 WEIGHTS = "ema.safetensors"
@@ -167,83 +164,6 @@ def make_metadata(
     values |= {"imports": contents_of(getattr(config, "imports", ()))}
     encoded = {name: json.dumps(value, default=asdict) for name, value in values.items()}
     return {**encoded, "commit": current_commit()}
-
-
-def warm_start(
-    model: nn.Module,
-    path: str,
-    classes: Sequence[str] = (),
-    codec: Codec | None = None,
-    accelerator: Accelerator | None = None,
-    *,
-    diffusion: DiffusionConfig | None = None,
-    whole: bool = False,
-) -> str:
-    """Initialise a model from the averaged weights of a checkpoint, and return a report of what was loaded. It warns of
-    other latents than `codec`'s and other settings of `diffusion`, under which the output means something else.
-
-    Weights are matched by name and shape, and rows of label embeddings by class name. Raises CheckpointError if none
-    fits or, for a `whole` model, if one is missing, except for label embeddings.
-    """
-    file, state = find_weights(path, accelerator), weights_of(model)
-    weights, metadata = read_shapes(file), read_metadata(file)
-    known = json.loads(metadata.get("classes", "[]"))
-    classes_differ = bool(classes and known) and list(classes) != known
-    shapes = {name: tensor.shape for name, tensor in state.items()}
-    labels = {name for name in weights.keys() & shapes.keys() if classes_differ and name.endswith(LABELS)}
-    labels = {name for name in labels if (shapes[name][0], weights[name][0]) == (len(classes) + 1, len(known) + 1)}
-    matching = {name for name, shape in weights.items() if name in labels or shapes.get(name) == shape}
-    if not matching:
-        raise CheckpointError(f"--init_from {path}: no weight of it has the name and shape of one of this model")
-    if whole and (missing := sorted(name for name in shapes.keys() - matching if not name.endswith(LABELS))):
-        raise CheckpointError(
-            f"--train.adapter: --init_from {path} has no {join_abridged(missing)} of this shape, which would stay "
-            "random; take the --model and --model_args that it was trained with, or leave the adapter out"
-        )
-    for name, tensor in iterate_tensors(file):
-        if name in labels:
-            tensor = map_label_rows(full_tensor(state[name]).cpu(), list(classes), tensor, known)
-        if name in matching:
-            state[name].copy_(shard_like(tensor, state[name]))
-    left_out = {
-        "of another shape": weights.keys() & shapes.keys() - matching,
-        "not in this model": weights.keys() - shapes.keys(),
-        "not in the checkpoint": shapes.keys() - weights.keys(),
-    }
-    reasons = "; ".join(f"{reason}: {join_abridged(sorted(names))}" for reason, names in left_out.items() if names)
-    report = f"took {len(matching)} of {len(weights)} tensors{f' ({reasons})' if reasons else ''}"
-    if classes_differ:
-        report += f"; {len({*classes} & {*known})} of {len(classes)} classes keep their label embeddings"
-    if codec and "config" in metadata:
-        try:
-            check_identity(file, {"codec": codec.provenance}, any_decoder=True)
-        except CheckpointError as error:
-            report += f"; warning: {error}"
-    if diffusion and (settings := changed_meaning(diffusion, metadata)):
-        report += f"; its output had another meaning, which has to be learned anew: {', '.join(settings)}"
-    return f"--init_from {path}: {report}"
-
-
-def changed_meaning(diffusion: DiffusionConfig, metadata: Mapping[str, str]) -> list[str]:
-    """Return the checkpoint's settings of diffusion by which its output means something else than under `diffusion`."""
-    before: dict[str, Any] = {}
-    with suppress(ValueError, TypeError, KeyError, AttributeError):  # an autoencoder's, or with settings since removed
-        before = defining_settings(from_dict(DiffusionConfig, json.loads(metadata["config"])["diffusion"]))
-    now = defining_settings(diffusion)
-    if before and before["kind"] != now["kind"]:
-        return [f"--diffusion.kind {before['kind']}"]
-    if before.get("guidance_max") is None:
-        now.pop("guidance_max", None)  # at scale 1, where such a model begins, its output means the same as without
-    return [f"--diffusion.{name} {before[name]}" for name in now if name in before and before[name] != now[name]]
-
-
-def map_label_rows(
-    table: Float[Tensor, "n d"], classes: list[str], known_table: Float[Tensor, "m d"], known: list[str]
-) -> Float[Tensor, "n d"]:
-    """Copy rows of another label embedding for classes of the same name, and for the null label, the last row."""
-    shared = [name for name in classes if name in known]
-    rows, known_rows = ([*map(names.index, shared), len(names)] for names in (classes, known))
-    return table.index_copy(0, torch.tensor(rows), known_table[known_rows].to(table.dtype))  # files may be in half
 
 
 def open_checkpoint(path: str | Path, accelerator: Accelerator | None = None) -> Checkpoint:

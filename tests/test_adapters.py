@@ -13,7 +13,8 @@ from processes import assert_same_training, log, run, weights
 from test_backbones import FAMILIES, SIZES, Plain, inputs, small, wake
 
 from checkpoints.averages import EMA
-from checkpoints.checkpoint import CheckpointError, warm_start
+from checkpoints.checkpoint import CheckpointError
+from checkpoints.warm_start import warm_start
 from experiment.config import ExperimentConfig, OptimConfig, TrainConfig
 from models import ModelSpec
 from models.backbone import as_backbone

@@ -6,7 +6,8 @@ from exact import generator, randn
 from test_backbones import FAMILIES, RANDOM, inputs, small, wake
 from torch import nn
 
-from checkpoints.checkpoint import WEIGHTS, save_tensors, warm_start
+from checkpoints.checkpoint import WEIGHTS, save_tensors
+from checkpoints.warm_start import warm_start
 from diffusion import DIFFUSIONS, FlowMatching
 from diffusion.diffusion import Auxiliary
 from diffusion.forward_mode import differentiable_forward

@@ -12,15 +12,9 @@ from safetensors import SafetensorError
 from saved_checkpoints import SPEC, objects, save, save_trained, state, train_a_step
 
 from checkpoints.averages import EMA
-from checkpoints.checkpoint import (
-    current_commit,
-    open_checkpoint,
-    read_metadata,
-    read_tensors,
-    save_tensors,
-    warm_start,
-)
+from checkpoints.checkpoint import current_commit, open_checkpoint, read_metadata, read_tensors, save_tensors
 from checkpoints.training_state import resume
+from checkpoints.warm_start import warm_start
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig
 from machine.checkpoint_folder import (
     Best,

@@ -8,8 +8,9 @@ import torch
 from processes import ROOT, script
 
 from autoencoders.codec import create_codec
-from checkpoints.checkpoint import CheckpointError, open_checkpoint, read_tensors, warm_start
+from checkpoints.checkpoint import CheckpointError, open_checkpoint, read_tensors
 from checkpoints.hub import HubError
+from checkpoints.warm_start import changes_of_meaning, warm_start
 from experiment.config import DiffusionConfig
 from sampling.pipeline import load
 from sharing.model_card import card_files
@@ -84,16 +85,15 @@ def test_it_is_scored_by_name_as_a_run_is():
 def test_a_training_starts_from_it(embedded):
     assert "took" in (words := warm_start(embedded.spec.build(), "embedded"))
     assert "not in" not in words
-    assert warm_start(embedded.spec.build(), "embedded", codec=create_codec(embedded.autoencoder)) == words
-    others = warm_start(embedded.spec.build(), "embedded", codec=create_codec("pixel"))
-    assert "; warning: --autoencoder: " in others
-    assert "was trained with another codec" in others
-    same = replace(embedded.config.diffusion, times="uniform")  # of training alone
-    for told in (same, replace(same, guidance_max=5.0)):  # at scale 1 it means the same
-        assert warm_start(embedded.spec.build(), "embedded", diffusion=told) == words
+    same, codec = replace(embedded.config.diffusion, times="uniform"), create_codec(embedded.autoencoder)
+    (warning,) = changes_of_meaning("embedded", create_codec("pixel"), same)
+    assert warning.startswith("warning: --autoencoder: ")
+    assert "was trained with another codec" in warning
+    for told in (same, replace(same, guidance_max=5.0)):  # at scale 1 it means the same; times are of training alone
+        assert changes_of_meaning("embedded", codec, told) == []
     for diffusion, what in [(replace(same, prediction="velocity"), "prediction x_0"), (DiffusionConfig(), "kind flow")]:
-        others = warm_start(embedded.spec.build(), "embedded", diffusion=diffusion)
-        assert others == f"{words}; its output had another meaning, which has to be learned anew: --diffusion.{what}"
+        (warning,) = changes_of_meaning("embedded", codec, diffusion)
+        assert warning == f"its output had another meaning, which has to be learned anew: --diffusion.{what}"
     fresh, names = replace(embedded.spec, num_classes=2).build(), ["of one's own", "pizza"]
     assert warm_start(fresh, "embedded", names, whole=True).endswith(
         "; 1 of 2 classes keep their label embeddings"

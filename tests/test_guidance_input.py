@@ -15,7 +15,8 @@ from test_backbones import inputs, small, wake
 from torch import nn
 
 from autoencoders.codec import PixelCodec
-from checkpoints.checkpoint import WEIGHTS, open_checkpoint, save_tensors, warm_start
+from checkpoints.checkpoint import WEIGHTS, open_checkpoint, save_tensors
+from checkpoints.warm_start import warm_start
 from conversion.diffusers_schedulers import to_scheduler
 from diffusion import DIFFUSIONS, EDM, FlowMatching, GaussianDiffusion, sample
 from diffusion.samplers import num_calls, num_evaluations

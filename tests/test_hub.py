@@ -15,8 +15,9 @@ from hub_stub import TOKEN, Hub
 from huggingface_hub import constants
 from processes import script
 
-from checkpoints.checkpoint import make_metadata, open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
+from checkpoints.checkpoint import make_metadata, open_checkpoint, read_metadata, read_tensors, save_tensors
 from checkpoints.hub import HubError, resolve_to_file
+from checkpoints.warm_start import warm_start
 from experiment.config import AuxiliaryConfig, DataConfig, EvaluationConfig, SamplingFlags
 from machine.checkpoint_folder import CheckpointError, list_checkpoints
 from sampling.grids import read_weights_hash, save_grid

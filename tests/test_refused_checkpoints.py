@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 from saved_checkpoints import IDENTITY, objects, save_trained, state
 
-from checkpoints.checkpoint import open_checkpoint, read_metadata, read_tensors, save_tensors, warm_start
+from checkpoints.checkpoint import open_checkpoint, read_metadata, read_tensors, save_tensors
 from checkpoints.training_state import resume
+from checkpoints.warm_start import warm_start
 from machine.checkpoint_folder import (
     CheckpointError,
     checkpoint_to_resume,

@@ -162,6 +162,7 @@ def test_batches_of_small_models_are_large_on_gpus_and_decoded_in_parts(monkeypa
 
 FOUND = """
 from checkpoints import checkpoint as module
+from checkpoints.warm_start import warm_start
 from experiment.config import SamplingConfig
 from machine.accelerator import open_accelerator
 from sampling.checks import load_guide_model
@@ -171,7 +172,7 @@ if not accelerator.is_main_process:
     module.list_checkpoints = lambda folder: []
 checkpoint = module.open_checkpoint("runs/tiny", accelerator)
 assert checkpoint.step == 4
-assert "took" in module.warm_start(checkpoint.spec.build(), "runs/tiny", accelerator=accelerator)
+assert "took" in warm_start(checkpoint.spec.build(), "runs/tiny", accelerator=accelerator)
 told = checkpoint.config.diffusion, checkpoint.spec, accelerator, checkpoint.classes, checkpoint.identity
 assert load_guide_model(SamplingConfig(guidance_checkpoint="runs/tiny"), *told) is not None
 """

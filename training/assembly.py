@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from autoencoders.codec import Codec, create_codec
-from checkpoints.checkpoint import warm_start
+from checkpoints.warm_start import changes_of_meaning, warm_start
 from data.image_set import ImageSet
 from data.latents import LatentCache
 from diffusion import Diffusion
@@ -58,17 +58,10 @@ def build_backbone(run: Run[ExperimentConfig], problem: Problem) -> Backbone:
     if not accelerator.is_fsdp2:
         model = model.to(accelerator.device)
     if config.init_from and run.checkpoint is None:
-        is_adapted = config.train.adapter is not None
-        message = warm_start(
-            model,
-            config.init_from,
-            problem.images.classes,
-            problem.codec,
-            accelerator,
-            diffusion=config.diffusion,
-            whole=is_adapted,
-        )
-        accelerator.print(message)
+        source, is_adapted = config.init_from, config.train.adapter is not None
+        report = warm_start(model, source, problem.images.classes, accelerator, whole=is_adapted)
+        warnings = changes_of_meaning(source, problem.codec, config.diffusion, accelerator)
+        accelerator.print("; ".join([report, *warnings]))
     return model
 
 
