@@ -16,6 +16,7 @@ from processes import script
 from test_reference_parity import load_fixture
 from torchvision.models import inception
 
+from evaluation.flags import SweptSampling
 from evaluation.scoring import Scorer
 from metrics.features import Extractor
 from metrics.image_batches import image_batches
@@ -126,7 +127,7 @@ def test_a_published_model_is_scored_as_adms_evaluator_would(inception_weights, 
     path, (pooled, spatial), _ = batch
     flags = {"samples": "runs/DiT", "reference": str(path), "num_samples": NUM, "labels": "random"}
     network = {"extractor": "inception", "weights_path": str(inception_weights), "metrics": ["fid", "sfid"]}
-    sampling = EVALUATE.SweptSampling(num_steps=2)
+    sampling = SweptSampling(num_steps=2)
     EVALUATE.main(EVALUATE.EvaluateConfig(**flags, **network, precision="fp32", sampling=sampling))
     record = json.loads(Path("runs/DiT/scores.json").read_text())
     (samples,) = [source for source in drawn if source.name == "DiT"]

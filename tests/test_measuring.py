@@ -29,6 +29,7 @@ from evaluation.autoencoder_scores import (
     recommend,
     warn_unsuitable,
 )
+from evaluation.flags import SweptSampling
 from evaluation.scoring import Row
 from evaluation.sources import from_images
 from experiment.config import DataFlags
@@ -279,7 +280,7 @@ MISTAKES = {
     "nothing": ({}, "--samples: give a run, a folder, a zip or an npz; or --autoencoder"),
     "trials": ({"autoencoder": "embedded", "trials": 3}, "--trials 3: it is about samples; give --samples"),
     "sampling": (
-        {"autoencoder": "embedded", "sampling": EVALUATE.SweptSampling("ddim")},
+        {"autoencoder": "embedded", "sampling": SweptSampling("ddim")},
         "--sampling: it is about samples",
     ),
     "checkpoint": ({"autoencoder": "embedded", "checkpoint": "runs/x"}, "--checkpoint runs/x: it is about samples"),
