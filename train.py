@@ -41,7 +41,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from sampling.checks import load_guide_model, resolve_sampling
     from training.adapters import Merged
     from training.assembly import build_backbone, build_batches, build_objective, open_problem, prepare
-    from training.guard import Guard, gradient_norm
+    from training.guard import Guard, clip_gradients
     from training.inspection import Inspections, open_best
     from training.log import end_training, is_due
     from training.objective import phase_at
@@ -102,11 +102,11 @@ def train(run: Run[ExperimentConfig]) -> None:
                 terms = objective(model, batch, phase)
                 accelerator.backward(terms["loss"].mean())
             run.meter.add(terms, diffusion.path.noise_rank(batch.t))
-        norm = run.synchronize(gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads))
-        if guard.passes(norm):
+        norms = run.synchronize(clip_gradients(accelerator, model, config.optim.grad_clip, objective.heads))
+        if guard.passes(*norms):
             optimizers.step()
             ema.update(merged, step)
-            run.meter.step(norm, config.optim.grad_clip, config.train.batch_size)
+            run.meter.step(norms, config.optim.grad_clip, config.train.batch_size)
         else:
             run.skip(guard, batches.source_indices(step, run.rollbacks))
         optimizers.zero_grad()

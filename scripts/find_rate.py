@@ -79,7 +79,7 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
 
     from machine.randomness import seed_for
     from training.assembly import build_backbone, build_batches, build_objective, open_problem, prepare
-    from training.guard import gradient_norm
+    from training.guard import clip_gradients
     from training.objective import phase_at
 
     config, accelerator, problem = run.config, run.accelerator, open_problem(run)
@@ -97,9 +97,9 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
                 loss = objective(model, batch, phase)["loss"].mean()
                 accelerator.backward(loss)
             step_losses.append(loss.detach())
-        gradient_norm(accelerator, model, config.optim.grad_clip, objective.heads)  # also clips the gradient
+        clip_gradients(accelerator, model, config.optim.grad_clip, objective.heads)
         mean: Any = accelerator.reduce(torch.stack(step_losses).mean(), "mean")
-        losses.append(run.synchronize(mean))
+        losses += run.synchronize(mean[None])
         if has_diverged(losses):
             break
         optimizers.step()

@@ -39,7 +39,7 @@ def train(run: Run[AutoencodingConfig]) -> None:
     from autoencoder_training.parts import build_parts
     from autoencoder_training.previews import Previews
     from checkpoints.training_state import TrainingState
-    from training.guard import Guard, gradient_norm
+    from training.guard import Guard, clip_gradients
     from training.log import end_training, is_due
     from training.optimizer import Optimizers, learning_rate
 
@@ -75,8 +75,8 @@ def train(run: Run[AutoencodingConfig]) -> None:
         with accelerator.autocast():
             coded = parts.prepared(images, batches.noise(step, latent_shape, accelerator.device))
         terms = objective.backward(accelerator, coded, images, model, critic if step >= parts.start else None)
-        norm = run.synchronize(gradient_norm(accelerator, model, config.optim.grad_clip))
-        if is_finite := guard.passes(norm):
+        norms = run.synchronize(clip_gradients(accelerator, model, config.optim.grad_clip))
+        if is_finite := guard.passes(*norms):
             parts.optimizers.step()
             parts.ema.update(model, step)
         parts.optimizers.zero_grad()
@@ -88,14 +88,15 @@ def train(run: Run[AutoencodingConfig]) -> None:
                     parts.prepared_critic, images, coded.reconstruction.detach().float()
                 )
             accelerator.backward(critic_terms["discriminator"].mean())
-            if critic_guard.passes(run.synchronize(gradient_norm(accelerator, critic, config.discriminator.grad_clip))):
+            critic_norms = clip_gradients(accelerator, critic, config.discriminator.grad_clip)
+            if critic_guard.passes(*run.synchronize(critic_norms)):
                 parts.critic_optimizer.step()
             parts.critic_optimizer.zero_grad()
             terms |= critic_terms
 
         run.meter.add(terms)
         if is_finite:
-            run.meter.step(norm, config.optim.grad_clip, config.train.batch_size)
+            run.meter.step(norms, config.optim.grad_clip, config.train.batch_size)
         else:
             run.skip(guard, batches.indices(step, order))
         if is_due(step + 1, config.log.every) or step + 1 in (parts.start, num_steps):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import os
 import signal
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from processes import run
 
 from machine import accelerator as machine
 from machine.stopping import SIGNALS, exit_on_signal, without_garbage_collection
-from training.guard import Guard, TrainingDivergedError, gradient_norm
+from training.guard import Guard, TrainingDivergedError, clip_gradients
 from training.interruption import Interruption, Stopped
 from training.meter import Meter
 
@@ -57,18 +58,32 @@ def test_restoring_a_checkpoint_keeps_the_count_of_rollbacks():
 def test_gradient_norm_and_its_clip(accelerator, max_norm):
     layer = torch.nn.Linear(2, 1, bias=False)
     layer.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert gradient_norm(accelerator, layer, max_norm).item() == pytest.approx(5)
+    assert clip_gradients(accelerator, layer, max_norm).tolist() == pytest.approx([5])
     assert layer.weight.grad.norm() == pytest.approx(max_norm or 5)
+
+
+def test_a_step_counts_as_clipped_if_a_part_of_it_was(accelerator):
+    """Model and heads are clipped each for itself: of norms (0.6, 0.8), which are 1 together, neither is."""
+    meter, layers = Meter(accelerator), [torch.nn.Linear(1, 1, bias=False) for _ in range(2)]
+    for gradients, after in (((0.6, 0.8), (0.6, 0.8)), ((0.3, 1.2), (0.3, 0.9))):
+        for layer, gradient in zip(layers, gradients, strict=True):
+            layer.weight.grad = torch.tensor([[gradient]])
+        meter.add({"loss": torch.ones(1)})
+        meter.step(clip_gradients(accelerator, layers[0], 0.9, layers[1]).tolist(), 0.9, 1)
+        assert [layer.weight.grad.item() for layer in layers] == pytest.approx(after, rel=1e-5)
+    means = meter.summary()
+    assert means["clipped"] == 0.5
+    assert means["gradient_norm"] == pytest.approx((1 + math.hypot(0.3, 1.2)) / 2)
 
 
 def test_meter_means_by_term_and_quarter_without_skipped_steps(accelerator):
     meter = Meter(accelerator)
     meter.add({"loss": torch.tensor([1.0, 3.0]), "mse": torch.tensor([0.5, 0.5])}, torch.tensor([0, 0.999]))
-    meter.step(2.0, 1.0, 2)
+    meter.step([2.0], 1.0, 2)
     meter.add({"loss": torch.tensor([float("nan")] * 2), "mse": torch.zeros(2)}, torch.tensor([0, 0]))
     meter.skip()
     meter.add({"loss": torch.tensor([5.0, 7.0]), "mse": torch.tensor([0.5, 1.5])}, torch.tensor([0.01, 0.6]))
-    meter.step(0.5, 1.0, 2)
+    meter.step([0.5], 1.0, 2)
     means = meter.summary()
     assert means["loss"] == pytest.approx(4)
     assert means["mse"] == pytest.approx(0.75)
@@ -82,7 +97,7 @@ def test_the_meter_resumes_from_a_checkpoint(accelerator):
     for number in range(4):
         for meter in (straight, cut):
             meter.add({"loss": torch.tensor([0.1 * number, 1 / 3])}, torch.tensor([0, 0.5]))
-            meter.step(number / 3, 0.0, 2)
+            meter.step([number / 3], 0.0, 2)
         if number == 1:
             state = cut.state()
             cut = Meter(accelerator)
@@ -101,7 +116,7 @@ def test_speed_is_that_of_steps_since_a_training_began_or_was_resumed(accelerato
     def two_steps(meter):
         for _ in range(2):
             meter.add({"loss": torch.ones(8)})
-            meter.step(1.0, 0.0, 8)
+            meter.step([1.0], 0.0, 8)
         now[0] += 2.0
 
     meter = Meter(accelerator)
@@ -154,7 +169,7 @@ for hours, received, reason in ((1.0, 0, None), (1e-12, 0, "--train.max_hours 1e
     interruption = Interruption(Path("."), accelerator, hours)
     interruption.received = received * accelerator.process_index
     for due in (True, False):  # by the main process's clock, whatever the others' says; who stops saves anyhow
-        assert interruption.synchronize(torch.tensor(0.5), save_due=due == accelerator.is_main_process) == 0.5
+        assert interruption.synchronize(torch.tensor([0.5]), save_due=due == accelerator.is_main_process) == [0.5]
         assert interruption.save_due == due or reason == "SIGTERM"
         assert interruption.reason(1, 10) == reason
 """

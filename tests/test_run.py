@@ -300,7 +300,7 @@ def test_checkpoints_are_written_every_quarter_of_an_hour(train, monkeypatch, tm
 
     def norm_of(run, step):
         now[0] += 60 * (14 if step in (0, 1, 4) else 1)  # since the last save 14, 28; 1, 2, 16; 1
-        return run.synchronize(torch.ones(()))
+        return run.synchronize(torch.ones(1))[0]
 
     train(norm_of, checkpoint_every=0, keep_every=0, keep_checkpoints=9)
     assert [int(path.name) for path in list_checkpoints(tmp_path / "runs/run/checkpoints")] == [2, 5, 6]

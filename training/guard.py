@@ -27,9 +27,9 @@ class Guard:
     in_a_row: int = 0
     rollbacks: int = 0
 
-    def passes(self, norm: float) -> bool:
-        """Count a step with this gradient norm, and return whether to take it."""
-        if math.isfinite(norm):
+    def passes(self, *norms: float) -> bool:
+        """Count a step with these norms of its gradients, and return whether to take it."""
+        if all(map(math.isfinite, norms)):
             self.in_a_row = 0
             return True
         self.skipped += 1
@@ -76,18 +76,18 @@ class Guard:
         self.rollbacks = max(self.rollbacks, state["rollbacks"])
 
 
-def gradient_norm(
+def clip_gradients(
     accelerator: Accelerator, model: nn.Module, max_norm: float, heads: nn.Module | None = None
-) -> Float[Tensor, ""]:
-    """Compute the norm of the gradient of model and `heads`, and clip each of the two to `max_norm` unless that is 0.
-    The gradients of heads are first averaged over processes."""
+) -> Float[Tensor, " parts"]:
+    """Compute the norms of the gradients of the model and, if these have any, of `heads`, and clip each of the two to
+    `max_norm` unless that is 0. The gradients of heads are first averaged over processes."""
     if heads is not None and (weights := [weight for weight in heads.parameters() if weight.grad is not None]):
         for weight in weights:
             weight.grad = accelerator.reduce(weight.grad, "mean")  # pyright: ignore[reportAttributeAccessIssue]
-        return torch.hypot(*(gradient_norm(accelerator, part, max_norm) for part in (model, heads)))
+        return torch.cat([clip_gradients(accelerator, part, max_norm) for part in (model, heads)])
     if max_norm:
         norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
     else:
         norm = nn.utils.get_total_norm([weight.grad for weight in model.parameters() if weight.grad is not None])
     assert norm is not None  # Accelerate returns None only with DeepSpeed
-    return full_tensor(norm)
+    return full_tensor(norm)[None]

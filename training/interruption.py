@@ -71,17 +71,17 @@ class Interruption:
         """Start the loop: from here on several processes stop together, or one would break the others' step."""
         self.stops_immediately = self.accelerator.num_processes == 1
 
-    def synchronize(self, number: Float[Tensor, ""], *, save_due: bool = False) -> float:
-        """Transfer a number from the device and, in the same synchronisation, let all processes agree on whether to
+    def synchronize(self, numbers: Float[Tensor, " n"], *, save_due: bool = False) -> list[float]:
+        """Transfer numbers from the device and, in the same synchronisation, let all processes agree on whether to
         stop, if any of them must, and whether to save, if it is due on the main one."""
         if self.accelerator.num_processes == 1:
             self.save_due = save_due
-            return number.item()
-        code = torch.full_like(number, 2 * self._code() + (save_due and self.accelerator.is_main_process))
+            return numbers.tolist()
+        code = torch.full_like(numbers[:1], 2 * self._code() + (save_due and self.accelerator.is_main_process))
         torch.distributed.all_reduce(code, torch.distributed.ReduceOp.MAX)
-        value, agreed = torch.stack([number, code]).tolist()
+        *values, agreed = torch.cat([numbers, code]).tolist()
         self.agreed, self.save_due = divmod(int(agreed), 2)  # a stop saves anyway
-        return value
+        return values
 
     def reason(self, step: int, num_steps: int) -> str | None:
         """The reason to stop, the same on all processes, or None. Call it after `synchronize`."""

@@ -1,9 +1,10 @@
 """Training statistics between two lines of the log, over all processes."""
 
+import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -43,11 +44,12 @@ class Meter:
             new |= {"bucket_sums": loss @ one_hot, "bucket_counts": one_hot.sum(dim=0)}
         self.pending = _sum(self.pending, new)
 
-    def step(self, norm: float, max_norm: float, num_images: int) -> None:
-        """Count the micro-batches since the last step, whose update has been applied."""
+    def step(self, norms: Sequence[float], max_norm: float, num_images: int) -> None:
+        """Count the micro-batches since the last step, whose update has been applied; each of the gradients with these
+        norms was clipped for itself."""
         self.sums, self.pending = _sum(self.sums, self.pending), {}
-        self.norms.append(norm)
-        self.num_clipped += bool(max_norm) and norm > max_norm
+        self.norms.append(math.hypot(*norms))
+        self.num_clipped += bool(max_norm) and max(norms) > max_norm
         self.num_images += num_images
 
     def skip(self) -> None:

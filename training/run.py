@@ -167,11 +167,11 @@ class Run(Generic[R]):
         if self._stop_reason:
             raise Stopped(self._stop_reason)
 
-    def synchronize(self, number: Float[Tensor, ""]) -> float:
-        """Transfer the gradient's norm from the device. This is the only synchronisation of a step; in it, processes
+    def synchronize(self, numbers: Float[Tensor, " n"]) -> list[float]:
+        """Transfer the gradients' norms from the device. This is the only synchronisation of a step; in it, processes
         also agree on whether to stop and whether to save."""
         seconds, minutes = time.monotonic() - self._saved_at, self.config.log.checkpoint_minutes
-        return self.interruption.synchronize(number, save_due=seconds > 60 * minutes > 0)
+        return self.interruption.synchronize(numbers, save_due=seconds > 60 * minutes > 0)
 
     def log_means(self, **values: float) -> None:
         """Log the means since the last call and these values, unless all steps were skipped."""
