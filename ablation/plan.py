@@ -75,6 +75,14 @@ class PlannedRun:
         return self.run.config.evaluation.num_samples or self.num_held_out
 
     @property
+    def validated_on(self) -> dict[str, Any]:
+        """The held-out images that held-out losses are of. If they are not all, classes decide which of them."""
+        num, images = min(self.run.config.log.num_validation, self.num_held_out), self.identity["test"]
+        names = [name for name in images if name not in ("source", "classes")]
+        chosen = "all" if num == self.num_held_out else f"{num}, by class: {bool(self.classes)}"
+        return {"images": {name: images[name] for name in names}, "num_validation": chosen}
+
+    @property
     def done(self) -> set[str]:
         """Stages whose results exist and were made by this configuration, code and data, as was their training."""
         stored = done_stages(self.run.folder)
@@ -309,7 +317,7 @@ def plan_to_dict(plan: list[PlannedRun]) -> dict[str, Any]:
             "trained_in": planned.trained_in.as_posix(),
             "keys": planned.keys,
             "classes": planned.classes,
-            "loss_of": {name: config[name] for name in ("autoencoder", "diffusion", "auxiliary", "alignment")},
+            "loss_of": {**{name: config[name] for name in LOSS_SETTINGS}, **planned.validated_on},
             "model": spec.name,
             "model_args": spec.args,
             "parameters": cost.parameters,
@@ -329,6 +337,7 @@ def _training_folder(planned: PlannedRun, plan: list[PlannedRun]) -> Path:
     return next((folder for folder in folders if done_stages(folder).get("began") == key), folders[0])
 
 
+LOSS_SETTINGS = ("autoencoder", "diffusion", "auxiliary", "alignment")  # that the kind of a loss depends on
 _SPLITS: dict[str, Any] = {}
 
 

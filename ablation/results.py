@@ -178,7 +178,7 @@ class Results:
 
     @property
     def num_objectives(self) -> int:
-        """Number of different objectives, or latents, that the losses are of: only those of one can be compared."""
+        """Number of different objectives, latents or images that the losses are of: those of one can be compared."""
         return len({str(run.plan.get("loss_of")) for run in self.runs})
 
     def differences(self, metric: str) -> dict[str, Difference]:

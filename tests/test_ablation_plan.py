@@ -12,9 +12,17 @@ from ablations import BASE
 from processes import ROOT, TINY, script
 
 from ablation.costs import Speed, resize_to_cost, with_width
-from ablation.plan import format_plan, make_plan
+from ablation.plan import format_plan, make_plan, plan_to_dict
 from ablation.runner import group_into_jobs
-from ablation.study import AblationConfig, MatchConfig, ScoringConfig, deep_merge, expand_runs, read_ablation
+from ablation.study import (
+    AblationConfig,
+    MatchConfig,
+    PicturesConfig,
+    ScoringConfig,
+    deep_merge,
+    expand_runs,
+    read_ablation,
+)
 from experiment.cli import parse_mapping
 from experiment.config import ExperimentConfig
 from machine.accelerator import open_accelerator
@@ -266,6 +274,17 @@ def test_an_estimate_has_all_that_a_run_does():
     image = 2 * 3 / 10 + 1 / 5  # guided, three steps
     grids, scored, pictures = 3 * 40 * image, 12 * image, 8 * 8 * image
     assert planned.seconds == pytest.approx(300 + 4 * 8 / 16 + 2 * 5 / 10 + grids + 3 * scored + pictures)
+
+
+def test_held_out_losses_compare_on_the_same_images_alone(monkeypatch):
+    monkeypatch.setattr("ablation.costs.count_cost", lambda spec: Cost(1, 1.0))
+    unlabelled, fewer = {"data.use_labels": False, "sampling.guidance_scale": 1.0}, {"log.num_validation": 5}
+    variants = {"all": {}, "more than all": {"log.num_validation": 500}, "all, unlabelled": unlabelled, "fewer": fewer}
+    variants |= {"fewer, of no class": {**unlabelled, **fewer}, "others": {"data.num_images": 60}}
+    ablation = AblationConfig(base=TINY, variants=variants, pictures=PicturesConfig(num_per_class=0))
+    where = (expand_runs(ablation, "x"), Path("runs/x"), open_accelerator("fp32"))
+    kinds = [run["loss_of"] for run in plan_to_dict(make_plan(ablation, *where, timed=False, any_code=False))["runs"]]
+    assert [kinds.index(kind) for kind in kinds] == [0, 0, 0, 3, 4, 5]
 
 
 def test_baselines_are_scored_once_for_each_autoencoder():

@@ -119,7 +119,7 @@ def test_the_tex_table_has_the_columns_asked_for(ablation):
 
 
 def test_what_is_not_as_usual_or_does_not_compare_is_said(ablation):
-    results, of_losses = read_results(ablation), "Losses are of different objectives"
+    results, of_losses = read_results(ablation), "Losses of different objectives"
     assert header_cells(results)[-1] == "held-out loss ↓"
     usual = "ddim, 9 steps, guidance 2.0"
     assert format_facts(results)["sampling"] == usual
