@@ -95,7 +95,7 @@ def format_notes(results: Results) -> list[str]:
     if partly := [variant.name for variant in results.variants if variant.is_scored_in_part]:
         notes.append(f"Trials without a score, empty in results.csv, are left out of the means of {', '.join(partly)}.")
     if results.num_objectives > 1:
-        notes.append("Losses of different objectives, latents or held-out images are left out: they do not compare.")
+        notes.append("Losses of different objectives, latents or held-out images do not compare, and have no column.")
     if extractor != "inception":
         notes.append(f"Features of {extractor}: distances compare these runs with each other, and are not FID.")
     return notes
