@@ -77,7 +77,7 @@ def main(config: SampleConfig) -> None:
         from experiment.build import merge_data_flags, open_split
         from machine.accelerator import from_main
         from sampling.generation import stream
-        from sampling.grids import save_grid
+        from sampling.grids import check_size, save_grid
         from sampling.interpolation import interpolate
         from sampling.panels import DenoisingPanel, StagesPanel
         from sampling.pipeline import load
@@ -110,36 +110,41 @@ def main(config: SampleConfig) -> None:
     if config.interpolate is not None:
         ends, path = (classes[0], classes[-1]), output_of("interpolation")
         seeds = config.seed, config.seed if config.to_seed is None else config.to_seed
+        check_size(path, config.interpolate, generator.image_size, config.interpolate)
         images = interpolate(generator, ends, seeds, config.interpolate)
         save_grid(images, path, columns=len(images), keep=keep)
         print(f"{len(images)} images on the way: {path}")
         return
+    output, layout = output_of("samples"), grid_layout(labels, checkpoint.classes, config.num_per_class)
+    panels = {name: drawn for name, drawn in {"panel": panel, "stages": stages}.items() if drawn is not None}
+    check_size(output, len(labels), generator.image_size, **layout)
+    for name, drawn in panels.items():  # of which there are few rows
+        columns = len(drawn.column_names)
+        check_size(second_output(output, name), columns, generator.image_size, columns)
     batches = stream(generator, batch_size=config.batch_size)
     if not accelerator.is_main_process:
         deque(batches, maxlen=0)  # the main process gathers the images
         return
 
-    output = output_of("samples")
-    save_samples(batches, generator, checkpoint, config.num_per_class, output, keep=keep)
+    save_samples(batches, generator, checkpoint, layout, output, keep=keep)
     print(f"{len(labels)} images: {output}")
-    for name, drawn in {"panel": panel, "stages": stages}.items():
-        if drawn is not None:
-            path, names = second_output(output, name), drawn.column_names
-            save_grid(drawn.images(pipeline.codec), path, columns=len(names), column_names=names, keep=keep)
-            print(f"{name}: {path}")
+    for name, drawn in panels.items():
+        path, names = second_output(output, name), drawn.column_names
+        save_grid(drawn.images(pipeline.codec), path, columns=len(names), column_names=names, keep=keep)
+        print(f"{name}: {path}")
 
 
 def save_samples(
     batches: Iterable[Any],
     generator: "Generator",
     checkpoint: "Checkpoint",
-    num_per_class: int,
+    layout: dict[str, Any],
     output: Path,
     *,
     keep: bool,
 ) -> None:
-    """Write samples as a grid, an npz, or a folder with a subfolder per class, depending on the suffix of `output`.
-    With `keep`, another grid of that name is kept; other samples always are."""
+    """Write samples as a grid of this layout, an npz, or a folder with a subfolder per class, depending on the suffix
+    of `output`. With `keep`, another grid of that name is kept; other samples always are."""
     import torch
 
     from sampling.grids import save_grid
@@ -150,12 +155,10 @@ def save_samples(
     names = [checkpoint.classes[label] if checkpoint.classes else "" for label in labels.tolist()]
     settings = without_paths(generator.provenance)  # now, as the files named may change; the picture may be published
     if output.suffix.lower() in PICTURES:
-        is_one_class = len(labels.unique()) == 1
         save_grid(
             torch.cat(list(batches)),
             output,
-            columns=12 if is_one_class else num_per_class * max(1, 12 // num_per_class),
-            captions=names if checkpoint.classes else None,
+            **layout,
             weights=checkpoint.weights_sha256,
             settings=settings,
             keep=keep,
@@ -164,6 +167,12 @@ def save_samples(
         save_npz(batches, labels, checkpoint.classes, output, checkpoint.weights_sha256)
     else:
         save_folder(batches, names, output)
+
+
+def grid_layout(labels: Any, classes: list[str], num_per_class: int) -> dict[str, Any]:
+    """Columns and captions of a grid of samples."""
+    columns = 12 if len(labels.unique()) == 1 else num_per_class * max(1, 12 // num_per_class)
+    return {"columns": columns, "captions": [classes[label] for label in labels.tolist()] if classes else None}
 
 
 PICTURES = (".png", ".pdf")

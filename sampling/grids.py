@@ -10,13 +10,14 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from torch import Tensor
 
 from machine.atomic_files import atomic_path
 
 SMALL, LARGE = ImageFont.load_default(size=9), ImageFont.load_default(size=22)
-GAP = 2  # pixels between images
+GAP, HEADER, CAPTION = 2, 14, 12  # pixels between images, above them for names, and below each for a caption
+LARGEST_PDF = 65500  # pixels a side: a PDF holds its picture as JPEG
 # Text chunks of a PNG: the hash of the weights that generated the images, and the settings as JSON.
 DRAWN_BY, DRAWN_WITH = "weights_sha256", "sampling"
 Names = list[str] | None
@@ -57,23 +58,38 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _read_text(path: Path, name: str) -> str | None:
-    with suppress(OSError), Image.open(path, formats=("PNG",)) as image:
+    with suppress(OSError, SyntaxError), PngImageFile(path) as image:  # `Image.open` refuses large pictures
         return image.info.get(name)
     return None
+
+
+def grid_size(
+    num: int, image_size: tuple[int, int], columns: int, *, column_names: Names = None, captions: Names = None
+) -> tuple[int, int]:
+    """Width and height of the grid that `draw_grid` draws of `num` images of a height and width."""
+    height, width = (side * max(1, 64 // image_size[1]) for side in image_size)
+    columns, step_y = min(columns, num), height + CAPTION * bool(captions) + GAP
+    return columns * (width + GAP) + GAP, -(-num // columns) * step_y + HEADER * bool(column_names) + GAP
+
+
+def check_size(path: Path, num: int, image_size: tuple[int, int], columns: int, **names: Names) -> None:
+    """Raise ValueError, before the images are drawn, if their grid (see `grid_size`) is too large for a PDF."""
+    width, height = grid_size(num, image_size, columns, **names)
+    if path.suffix.lower() == ".pdf" and max(width, height) > LARGEST_PDF:
+        raise ValueError(
+            f"--output {path}: it would have {width}x{height} pixels, and a PDF at most {LARGEST_PDF:,} a side; give "
+            "FILE.png, or fewer images"
+        )
 
 
 def draw_grid(
     images: UInt8[Tensor, "n 3 h w"], columns: int, *, column_names: Names = None, captions: Names = None
 ) -> Image.Image:
     """Draw images row by row, with a name above each column or a caption under each image."""
-    height, width = images.shape[-2:]
-    scale = max(1, 64 // width)
-    height, width = height * scale, width * scale
-    columns = min(columns, len(images))
-    header, caption_height = 14 if column_names else 0, 12 if captions else 0
-    step_x, step_y = width + GAP, height + caption_height + GAP
-    rows = -(-len(images) // columns)
-    canvas = Image.new("RGB", (columns * step_x + GAP, rows * step_y + header + GAP), "white")
+    height, width = (side * max(1, 64 // images.shape[-1]) for side in images.shape[-2:])
+    header, step_x, step_y = HEADER * bool(column_names), width + GAP, height + CAPTION * bool(captions) + GAP
+    names: dict[str, Names] = {"column_names": column_names, "captions": captions}
+    canvas = Image.new("RGB", grid_size(len(images), (images.shape[-2], images.shape[-1]), columns, **names), "white")
     draw = ImageDraw.Draw(canvas)
     for column, name in enumerate(column_names or []):
         draw.text((column * step_x + 4, 2), name, fill="black", font=SMALL)

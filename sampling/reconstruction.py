@@ -13,7 +13,7 @@ from data.subsets import map_labels
 from diffusion.samplers import randn_like
 from machine.randomness import generator_for
 from sampling.generation import Generator
-from sampling.grids import save_grid
+from sampling.grids import check_size, save_grid
 
 
 def draw_reconstructions(
@@ -39,10 +39,12 @@ def draw_reconstructions(
         names = ", ".join(checkpoint.classes[label] for label in classes)
         raise ValueError(f"--reconstruct: there are no held-out images of {names}; give other --classes")
     images = torch.stack([held_out[index][0] for index in chosen.tolist()])
+    columns = 12
+    check_size(path, 4 * len(chosen), generator.image_size, columns)
     pictures, time = reconstruct(generator, images, labels[chosen], t)
     if generator.accelerator.is_main_process:
         names = ["original", f"t={time:.4g}", "one step", "chain"] * 3
-        save_grid(pictures.flatten(0, 1), path, columns=len(names), column_names=names, keep=keep)
+        save_grid(pictures.flatten(0, 1), path, columns=columns, column_names=names, keep=keep)
         print(f"{len(chosen)} held-out images, noised and denoised: {path}")
 
 

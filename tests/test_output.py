@@ -25,7 +25,7 @@ from experiment.config import SamplingConfig
 from machine.atomic_files import atomic_path, sha256_of, unused_path, write_atomic
 from sampling import generation
 from sampling.generation import Generator
-from sampling.grids import save_grid
+from sampling.grids import LARGEST_PDF, check_size, grid_size, read_weights_hash, save_grid
 from sampling.image_files import save_folder, save_npz
 from sampling.labels import resolve_classes
 
@@ -103,6 +103,31 @@ def test_class_names_cannot_lead_out_of_the_output_folder(name, tmp_path):
 def test_a_grid_named_pdf_is_written_as_pdf(tmp_path):
     save_grid(IMAGES, tmp_path / "fig.pdf", columns=3)
     assert (tmp_path / "fig.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_a_grid_is_as_large_as_told_and_a_pdf_takes_all_that_are_not_refused(tmp_path):
+    names = {"captions": ["a"] * 5, "column_names": ["b"] * 3}
+    save_grid(IMAGES, tmp_path / "named.png", columns=3, **names)
+    with Image.open(tmp_path / "named.png") as picture:
+        assert picture.size == grid_size(5, (4, 6), 3, **names) == (3 * 62 + 2, 2 * (40 + 12 + 2) + 14 + 2)
+    size, num = (2, 64), (LARGEST_PDF - 2) // 66
+    fits = torch.zeros(num, 3, *size, dtype=torch.uint8)
+    check_size(tmp_path / "row.PDF", num, size, num)
+    save_grid(fits, tmp_path / "row.pdf", columns=num)
+    check_size(tmp_path / "row.png", num + 1, size, num + 1)
+    with pytest.raises(ValueError, match=r"row.PDF: it would have 65540x6 pixels, and a PDF at most 65,500 a side"):
+        check_size(tmp_path / "row.PDF", num + 1, size, num + 1)
+    with pytest.raises(OSError, match="broken data stream"):
+        save_grid(torch.cat([fits, fits[:1]]), tmp_path / "row.pdf", columns=num + 1)
+
+
+def test_the_weights_of_a_large_grid_are_read(tmp_path, monkeypatch):
+    """Pillow refuses to open pictures of 13,400 pixels a side, such as those of four samples of 1,000 classes."""
+    save_grid(IMAGES, tmp_path / "grid.png", columns=3, weights="hash")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert read_weights_hash(tmp_path / "grid.png") == "hash"
+    (tmp_path / "grid.png").write_text("no picture")
+    assert read_weights_hash(tmp_path / "grid.png") is None
 
 
 def test_a_failed_write_of_a_grid_keeps_the_old_file(tmp_path, monkeypatch):

@@ -264,3 +264,21 @@ def test_pictures_of_somebody_else_are_kept(folder, monkeypatch, capsys):
     assert "mine.png was another, and is now mine.png.before-" in capsys.readouterr().out
     sample.main(sample.SampleConfig("runs/tiny", precision="fp32", **samplings[0]))  # the same again
     assert len([*folder.glob("mine*.png.before-*")]) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"panel": 3, "output": "x.pdf", "num_per_class": 1, "classes": ["0"]},
+        {"interpolate": 9},
+        {"reconstruct": 500.0},
+    ],
+)
+def test_a_picture_too_large_for_a_pdf_is_refused_before_anything_is_drawn(folder, monkeypatch, settings):
+    """The samples of hours were lost when they were written."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("sampling.grids.LARGEST_PDF", 100)
+    monkeypatch.setattr(Generator, "denoise", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match=r"--output \S+\.pdf: it would have \d+x\d+ pixels.*FILE.png, or fewer images"):
+        SAMPLE.main(SAMPLE.SampleConfig("runs/tiny", **{"output": "large.pdf", "precision": "fp32"} | settings))
