@@ -1,6 +1,7 @@
 """A small image classifier, trained in seconds to minutes, as a feature extractor where none can be downloaded. Scores
 on its features only compare with other scores on the same classifier."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -64,9 +65,10 @@ class SmallClassifier(nn.Module):
     def predict(self, images: UInt8[Tensor, "n 3 h w"]) -> Int64[Tensor, " n"]:
         return self.probabilities(images).argmax(dim=1)
 
-    def save(self, path: str | Path) -> Path:
-        """Save a file for `--extractor`: a torch.export program if it ends in `.pt2`, otherwise TorchScript."""
-        return save_program(self.eval(), torch.zeros(2, 3, self.side, self.side, dtype=torch.uint8), path)
+    def save(self, path: str | Path, classes: Sequence[str] = ()) -> Path:
+        """Save a file for `--extractor`, with the names of the `classes`: a torch.export program if it ends in `.pt2`,
+        otherwise TorchScript."""
+        return save_program(self.eval(), torch.zeros(2, 3, self.side, self.side, dtype=torch.uint8), path, classes)
 
     def save_perceptual(self, path: str | Path) -> Path:
         """Save a network for perceptual losses: the features of all stages, without resizing images."""

@@ -11,7 +11,8 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch.export.pt2_archive import PT2ArchiveReader
 from machine.atomic_files import atomic_path
 
 SIZES = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}  # dynamic axes of images [n c h w]
+CLASSES = "classes.json"  # file of a classifier's archive: the names of its classes
 HOW = "torch.export.export(module.eval(), (images,), dynamic_shapes=({0: D, 2: D, 3: D},)), D = Dim.DYNAMIC"
 PLAIN = re.compile(  # names in the archive of a plain network; `sample_inputs` is the only pickle
     r"models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)"
@@ -43,23 +45,31 @@ def load_program(path: str | Path) -> nn.Module:
         raise ValueError(f"{path}: not a TorchScript file, or cut short (torch.export's files end in .pt2)") from error
 
 
-def save_program(module: nn.Module, example: Tensor, path: str | Path) -> Path:
-    """Save a module that takes images [n c h w] of any n, h and w, in the format of the path's suffix.
-    Another file of that name is kept, as scores may name its hash."""
+def class_names(path: str | Path) -> list[str]:
+    """Names of the classes that a saved classifier distinguishes, in its order; empty if the file has none."""
+    with zipfile.ZipFile(path) as archive:
+        found = [name for name in archive.namelist() if name.endswith(f"/extra/{CLASSES}")]
+        return json.loads(archive.read(found[0])) if found else []
+
+
+def save_program(module: nn.Module, example: Tensor, path: str | Path, classes: Sequence[str] = ()) -> Path:
+    """Save a module that takes images [n c h w] of any n, h and w, in the format of the path's suffix; of a classifier
+    also the names of its `classes`. Another file of that name is kept, as scores may name its hash."""
+    extra = {CLASSES: json.dumps(list(classes))} if classes else {}
     with atomic_path(Path(path), keep=True) as partial:
         if partial.suffix == ".pt2":
-            save_exported(torch.export.export(module, (example,), dynamic_shapes=(SIZES,)), partial)
+            save_exported(torch.export.export(module, (example,), dynamic_shapes=(SIZES,)), partial, extra)
         else:
             with _quiet():
-                torch.jit.save(torch.jit.trace(module, example), str(partial))
+                torch.jit.save(torch.jit.trace(module, example), str(partial), _extra_files=extra)
     return Path(path)
 
 
-def save_exported(program: ExportedProgram, path: Path) -> None:
-    """Save a program without stack traces, which contain paths of this machine."""
+def save_exported(program: ExportedProgram, path: Path, extra: dict[str, str] | None = None) -> None:
+    """Save a program and `extra` files, without stack traces, which contain paths of this machine."""
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
-    torch.export.save(program, str(path))
+    torch.export.save(program, str(path), extra_files=extra)
 
 
 class ExportedNetwork(nn.Module):

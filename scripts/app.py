@@ -80,6 +80,10 @@ def serve(config: AppConfig) -> None:
 
     paths = config.checkpoints or find_runs(config.runs)
     studio = Studio(paths, config.precision, config.autoencoder, config.classifier)
+    if config.classifier and not studio.distinguished:
+        print(
+            f"--classifier {config.classifier}: it names no classes; of models with as many, it is taken to have theirs"
+        )
     listening: Counter[str] = Counter()
     hosts = None if config.share or config.host not in LOOPBACK else LOOPBACK
     page = Page(studio, listening).build()

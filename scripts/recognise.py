@@ -8,6 +8,7 @@ python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --width
 import json
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,10 @@ def main(config: RecogniseConfig) -> None:
         f"The classifier is right about {accuracy:.2%} of {len(held_out)} held-out images; "
         f"to name the most frequent class is right about {guessing:.2%}."
     )
-    for path, save in ((config.classifier, classifier.save), (config.perceptual, classifier.save_perceptual)):
+    for path, save in (
+        (config.classifier, partial(classifier.save, classes=classes)),
+        (config.perceptual, classifier.save_perceptual),
+    ):
         if path:
             print(f"saved: {save(path)}")
     if samples is not None:
@@ -138,7 +142,7 @@ def sureness(probabilities: Any) -> tuple[float, float]:
 
 def read_samples(path: Path, classes: list[str]) -> tuple[Any, Any, dict[str, str]]:
     """Read images [n 3 h w], their labels, or None without, and hashes of the file and of the weights that generated
-    them. If the file names its classes, labels are translated to `classes`."""
+    them. Labels are translated to `classes` by name or, if the file names none, taken to number these."""
     from data.subsets import map_labels
     from machine.atomic_files import sha256_of
     from metrics.npz import images_in, labels_in, read_arrays, weights_in
@@ -148,6 +152,9 @@ def read_samples(path: Path, classes: list[str]) -> tuple[Any, Any, dict[str, st
     if "arr_1" not in arrays:
         return images, None, origin
     labels, names = labels_in(arrays, f"--samples {path}")
+    if not names:
+        origin["classes"] = "none are named: labels number those of the images"
+        print(f"--samples {path}: it names no classes; its labels are taken to number {', '.join(classes)}")
     return images, map_labels(labels, names, classes, f"--samples {path}") if names else labels, origin
 
 

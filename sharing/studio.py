@@ -20,6 +20,7 @@ from experiment.build import open_split
 from machine.accelerator import open_accelerator
 from metrics.extractors import load_extractor
 from metrics.manifold import nearest_neighbours
+from metrics.programs import class_names
 from sampling.generation import Generator, generate
 from sampling.interpolation import interpolate
 from sampling.labels import resolve_classes
@@ -61,6 +62,7 @@ class Studio:
         self.accelerator = open_accelerator(precision)
         self.pipelines: dict[str, Pipeline] = {}
         self.classifier = load_extractor(str(classifier))[0] if classifier else None
+        self.distinguished = class_names(classifier) if classifier else []
         self.layouts = {}
 
     def classes(self, run: str) -> list[str]:
@@ -149,14 +151,17 @@ class Studio:
         return "python sample.py " + " ".join(words)
 
     def num_recognised(self, request: Request, pictures: UInt8[Tensor, "n 3 h w"]) -> int | None:
-        """Count the pictures that the classifier takes for the class asked for. None without a classifier for as many
-        classes as the checkpoint has, and for an interpolation, whose pictures have no single class."""
-        num_classes = len(self.classes(request.run))
-        if self.classifier is None or request.interpolates or not num_classes:
+        """Count the pictures that the classifier takes for the class asked for. None without a classifier that knows
+        it, and for an interpolation, whose pictures have no single class. A classifier whose file names no classes is
+        taken to distinguish the checkpoint's, if these are as many."""
+        classes = self.classes(request.run)
+        if self.classifier is None or request.interpolates or not classes:
             return None
         _, logits = self.classifier(pictures)
-        label = self.label(request.run, request.of_class)
-        return int((logits.argmax(dim=1) == label).sum()) if logits.shape[1] == num_classes else None
+        known, wanted = self.distinguished or classes, classes[self.label(request.run, request.of_class)]
+        if len(known) != logits.shape[1] or wanted not in known:
+            return None
+        return int((logits.argmax(dim=1) == known.index(wanted)).sum())
 
     def nearest(self, run: str, pictures: UInt8[Tensor, "n 3 h w"]) -> tuple[UInt8[Tensor, "n 3 h w"], list[float]]:
         """Find the nearest training image of each picture at 16x16 pixels, and their distance per value."""

@@ -146,10 +146,11 @@ def test_two_checkpoints_side_by_side_and_back_through_the_steps(client):
 
 
 @pytest.mark.parametrize(("of_class", "to_class", "words"), [("star", "", ": 2 of 2 recognised"), ("ring", "star", "")])
-def test_the_page_counts_the_pictures_that_a_classifier_recognises(client, of_class, to_class, words):
+def test_the_page_counts_the_pictures_that_a_classifier_recognises(client, folder, of_class, to_class, words):
     wanted = {**DRAW, "of_class": of_class, "to_class": to_class or None}
     _, _, picture, *_ = client.predict(["runs/tiny"], *wanted.values(), api_name="/draw")
     assert picture["label"] == f"runs/tiny{words}"
+    assert "classifier.pt: it names no classes; of models with as many" in (folder / "app.log").read_text()
 
 
 @pytest.mark.parametrize("to_class", ["ring", None])

@@ -1,5 +1,6 @@
 """The classifier that stands in for Inception where there is no network."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from metrics.classifier import SmallClassifier, hide_square, train_classifier
 from metrics.perceptual import perceptual_network
 from metrics.programs import load_program
+from sharing.studio import Request, Studio
 
 
 def stripes(num: int, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -117,3 +119,22 @@ def test_classifier_refuses_foreign_labels() -> None:
     images, labels = stripes(6, seed=0)
     with pytest.raises(ValueError, match=r"labels from 0 to 2: classes are 0\.\.1"):
         train_classifier(images, labels, 2, progress=False)
+
+
+def test_a_classifier_recognises_classes_by_name(folder, monkeypatch):
+    """One of another data set of as many classes counted those of the same number."""
+    monkeypatch.chdir(folder)
+    shapes, pictures = Studio(["runs/tiny"]).classes("runs/tiny"), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+
+    classifier = SmallClassifier(10)
+    with torch.no_grad():
+        classifier.to_logits.bias[3] = 1e3  # all are stars
+
+    def counted(classes):
+        studio = Studio(["runs/tiny"], classifier=classifier.save(folder / "stars.pt", classes))
+        request = Request("runs/tiny", "", 0, 2, "ddpm", 3, 1.0)
+        return [studio.num_recognised(replace(request, of_class=name), pictures) for name in shapes]
+
+    assert counted(shapes) == counted([]) == [2 * (name == "star") for name in shapes]
+    assert counted(shapes[::-1]) == [2 * (name == shapes[-4]) for name in shapes]
+    assert counted([f"digit {number}" for number in range(10)]) == [None] * 10

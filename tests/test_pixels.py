@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from processes import run, script, weights
 
 from data import open_dataset
 from metrics.perceptual import perceptual_network
+from metrics.programs import class_names
 
 PIXELS = {
     "model": "UNet-Mini",
@@ -101,7 +103,7 @@ def test_samples_of_the_wrong_class_are_not_recognised(folder):
     assert f"{found['confidence']:.2f} sure of 100 samples" in done.stdout
     assert "of 100 held-out images; to name the most frequent class is right about 10.00%" in done.stdout
     assert done.stdout.splitlines()[1:3] == ["saved: shapes.pt2", "saved: features.pt2"]
-    assert (folder / "shapes.pt2").is_file()
+    assert class_names(folder / "shapes.pt2") == shapes.classes
     # Its stages look at images of any size, and lead gradients back to them.
     image = torch.zeros(2, 3, 20, 24, requires_grad=True)
     features = perceptual_network(str(folder / "features.pt2"))(image)
@@ -148,6 +150,16 @@ def test_what_cannot_be_recognised_is_told(folder, arguments, message):
     done = run("scripts/recognise.py", *arguments, cwd=folder, check=False)
     assert done.returncode == 2
     assert message in done.stderr.strip().splitlines()[-1]
+
+
+def test_labels_of_unnamed_classes_are_said_to_be_numbers(here, capsys):
+    """ADM's format has none, and the data may have its classes in another order."""
+    np.savez("x.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), arr_1=np.array([1, 0]))
+    _, labels, origin = script("scripts/recognise.py").read_samples(Path("x.npz"), ["cat", "dog"])
+    assert labels.tolist() == [1, 0]
+    assert origin["classes"] == "none are named: labels number those of the images"
+    said = "--samples x.npz: it names no classes; its labels are taken to number cat, dog\n"
+    assert capsys.readouterr().out == said
 
 
 @pytest.mark.parametrize("wrong", [{"arr_0": np.zeros((2, 8, 8, 3))}, {"arr_1": np.array([0, -1])}])

@@ -21,7 +21,7 @@ from metrics.extractors import ExtractorError
 from metrics.features import Extractor
 from metrics.image_batches import image_batches
 from metrics.perceptual import perceptual_network
-from metrics.programs import load_exported, load_program, save_program
+from metrics.programs import class_names, load_exported, load_program, save_program
 
 D = torch.export.Dim.DYNAMIC
 IMAGES = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
@@ -88,6 +88,15 @@ def test_both_formats_give_the_same_features(files):
         for expected, of_script, of_exported in outputs:
             torch.testing.assert_close(of_script, expected)
             torch.testing.assert_close(of_exported, expected)
+
+
+def test_both_formats_name_the_classes(files, tmp_path):
+    classifier, *nameless = files
+    for path in nameless:
+        named = classifier.save(tmp_path / path.name, ["b", "ä", "a/c", " ", "1"])
+        assert class_names(named) == ["b", "ä", "a/c", " ", "1"]
+        assert class_names(path) == []
+        assert load_program(named)(IMAGES)[1].shape == (len(IMAGES), 5)
 
 
 def test_both_formats_give_the_same_scores(files):
