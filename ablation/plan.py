@@ -9,17 +9,14 @@ from typing import Any
 from accelerate import Accelerator
 
 from ablation.costs import Measurements, Speed, resize_to_cost
-from ablation.identity import accept_other_code, changed_settings, done_stages, find_changes, is_scored, stage_keys
+from ablation.identity import accept_other_code, done_stages, stage_keys
 from ablation.study import AblationConfig, Run, classes_to_draw, naming_variant
 from autoencoders.codec import create_codec
-from checkpoints.checkpoint import open_checkpoint
-from diffusion.samplers import num_evaluations
+from data.image_set import ImageSet
 from evaluation.scoring import open_scorer
-from evaluation.table import terminal
 from experiment.build import build_diffusion, model_spec, open_cache, open_split
-from experiment.config import ExperimentConfig, SamplingConfig
+from experiment.config import DataConfig, ExperimentConfig, SamplingConfig
 from machine.atomic_files import write_atomic
-from machine.checkpoint_folder import CheckpointError, list_checkpoints, newest_intact
 from metrics.cost import Cost
 from metrics.scores import check_metrics
 from models import ModelSpec
@@ -27,6 +24,7 @@ from sampling.checks import resolve_sampling
 from sampling.labels import resolve_classes
 from training.optimizer import num_training_steps
 
+LOSS_SETTINGS = ("autoencoder", "diffusion", "auxiliary", "alignment")  # that the kind of a loss depends on
 shared_codec = lru_cache(create_codec)  # of one name once for all runs
 
 
@@ -82,89 +80,6 @@ class PlannedRun:
         chosen = "all" if num == self.num_held_out else f"{num}, by class: {bool(self.classes)}"
         return {"images": {name: images[name] for name in names}, "num_validation": chosen}
 
-    @property
-    def done(self) -> set[str]:
-        """Stages whose results exist and were made by this configuration, code and data, as was their training."""
-        stored = done_stages(self.run.folder)
-        if self.changes or (self.trains and "began" not in stored):
-            return set()
-        done = {name for name, key in stored.items() if self.keys.get(name) == key}
-        return done if is_scored(self.run.folder, self.keys["score"]) else done - {"score"}
-
-    @property
-    def all_done(self) -> bool:
-        return self.done.issuperset(self.keys)
-
-    @property
-    def seconds(self) -> float | None:
-        """Estimated seconds of the stages that are left, without feature extraction; None if nothing was timed."""
-        if self.speed is None:
-            return None
-        speed, config, log = self.speed, self.run.config, self.run.config.log
-        num_calls = num_evaluations(build_diffusion(config.diffusion), self.sampling)
-        per_sample = num_calls / speed.calls + 1 / speed.decoding
-        num_steps = self.num_steps - self.step
-
-        def count(every: int) -> int:
-            return num_steps // every if every > 0 else 0
-
-        training = num_steps * config.train.batch_size / speed.training
-        training += count(log.validate_every) * min(log.num_validation, self.num_held_out) / speed.calls
-        training += (count(log.sample_every) + 1) * 4 * min(10, self.spec.num_classes or 10) * per_sample
-        training += count(log.evaluate_every) * self.num_samples * per_sample
-        num_pictures = self.ablation.pictures.num_per_class * max(1, len(self.pictured))
-        seconds = {
-            "train": training,
-            "score": self.ablation.scoring.trials * self.num_samples * per_sample,
-            "draw": num_pictures * per_sample,
-        }
-        remaining = self.keys.keys() - self.done - (set() if self.trains else {"train"})
-        return sum(seconds[stage] + self.startup for stage in remaining)
-
-    @property
-    def step(self) -> int:
-        """Step of the newest complete checkpoint of this training; 0 if there is none, or if another run trains."""
-        if not self.trains or done_stages(self.run.folder).get("began") != self.keys["train"]:
-            return 0
-        newest = newest_intact(self.run.folder / "checkpoints", say=lambda _: None)
-        return int(newest.name) if newest else 0
-
-    @property
-    def changes(self) -> list[str]:
-        """How the existing training differs from the planned one: names of settings, files of code, or content."""
-        config, key = self.run.config, self.keys["train"]
-        if self.trains and (names := find_changes(self.run.folder, key, config)):
-            return names
-        saved = list_checkpoints(self.trained_in / "checkpoints")
-        if not saved or done_stages(self.trained_in).get("began") != key:
-            return []
-        try:
-            checkpoint = open_checkpoint(saved[-1])
-        except CheckpointError:  # resuming the training reports it
-            return []
-        # Somebody may have resumed the training by hand, with other settings.
-        settings = changed_settings(checkpoint.config.to_dict(), config.to_dict())
-        if names := [name for name in settings if name.partition(".")[0] not in ("sampling", "evaluation")]:
-            return names
-        try:
-            checkpoint.check_identity(**self.identity)
-        except CheckpointError as error:
-            return [f"content of {str(error).partition(':')[0]}"]
-        return []
-
-    @property
-    def state(self) -> str:
-        """State of the run in words, for the table of the plan."""
-        if self.all_done:
-            return "done"
-        if names := self.changes:
-            return f"of other {', '.join(names)}"
-        if "train" in self.done:
-            return "trained"
-        if not self.trains:
-            return f"trained with {self.trained_in.parent.name}"
-        return f"at step {self.step} of {self.num_steps}" if self.step else "to do"
-
 
 def make_plan(
     ablation: AblationConfig,
@@ -207,7 +122,7 @@ def plan_run(run: Run, ablation: AblationConfig, measurements: Measurements, *, 
     config, warnings = run.config, list[str]()
     with naming_variant(run.variant):
         diffusion, codec = build_diffusion(config.diffusion), shared_codec(config.autoencoder)
-        images, held_out = _open_splits(config.data)
+        images, held_out = _open_splits(json.dumps(asdict(config.data)))
         spec = model_spec(config, codec, diffusion, len(images.classes))
         cost = measurements.cost(spec)
         num_guided = config.guided_classes(spec.num_classes)
@@ -269,38 +184,6 @@ def prepare(plan: list[PlannedRun], accelerator: Accelerator) -> None:
         open_scorer(data, accelerator, scoring)
 
 
-def format_plan(plan: list[PlannedRun]) -> str:
-    """Format the plan as a table: cost, remaining time and state of each run."""
-    rows = [["run", "parameters", "GFLOPs", "img/s", "steps", "left", "state"]]
-    for planned in plan:
-        speed = f"{planned.speed.training:.1f}" if planned.speed else "-"
-        cost = [f"{planned.cost.parameters / 1e6:.2f}M", f"{planned.cost.gflops:.3f}", speed]
-        rows.append([planned.run.name, *cost, str(planned.num_steps), format_duration(planned.seconds), planned.state])
-    seconds = [planned.seconds for planned in plan]
-    total = None if None in seconds else sum(filter(None, seconds))
-    warnings = dict.fromkeys(warning for planned in plan for warning in planned.warnings)
-    return "\n".join([terminal(rows), *warnings, f"about {format_duration(total)} to go, without features"])
-
-
-def refuse_changed(plan: list[PlannedRun]) -> None:
-    """Raise ValueError where a run's folder holds another training, as it is moved away only on request."""
-    if changed := [planned for planned in plan if planned.changes]:
-        folders = "; ".join(f"{planned.run.folder}: {', '.join(planned.changes)}" for planned in changed)
-        raise ValueError(
-            f"trained before with other {folders}: --redo true keeps that beside them and trains anew, --any_code true "
-            "takes what differs by code alone for done, --name begins another study"
-        )
-
-
-def format_duration(seconds: float | None) -> str:
-    """Format seconds as hours and minutes, or in minutes or seconds alone where short; None gives `-`."""
-    if seconds is None:
-        return "-"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f}"
-
-
 def plan_to_dict(plan: list[PlannedRun]) -> dict[str, Any]:
     """The plan as JSON values, for `plan.json`, which the report is made from."""
     ablation = plan[0].ablation
@@ -337,12 +220,8 @@ def _training_folder(planned: PlannedRun, plan: list[PlannedRun]) -> Path:
     return next((folder for folder in folders if done_stages(folder).get("began") == key), folders[0])
 
 
-LOSS_SETTINGS = ("autoencoder", "diffusion", "auxiliary", "alignment")  # that the kind of a loss depends on
-_SPLITS: dict[str, Any] = {}
-
-
-def _open_splits(config: Any) -> Any:
-    name = repr(config)
-    if name not in _SPLITS:
-        _SPLITS[name] = open_split(config, "train"), open_split(config, "test")
-    return _SPLITS[name]
+@lru_cache
+def _open_splits(settings: str) -> tuple[ImageSet, ImageSet]:
+    """Open the images to train on and those held out, given the data's settings as JSON; once for all runs."""
+    config = DataConfig(**json.loads(settings))
+    return open_split(config, "train"), open_split(config, "test")

@@ -23,7 +23,8 @@ import torch
 import yaml
 
 from ablation.identity import PROGRAMS, ROOT, code_hash, done_stages, mark_done
-from ablation.plan import PlannedRun, format_duration
+from ablation.plan import PlannedRun
+from ablation.progress import find_changed, format_duration, read_progress
 from machine import children
 from machine.atomic_files import unused_path, write_atomic
 from machine.children import EXIT_CODE, STOPPED
@@ -103,7 +104,7 @@ class Runner:
         outcomes: list[Outcome] = []
         try:
             # In reverse: the run that trains comes last, as the changes of the others are found through its folder.
-            for planned in [planned for planned in job if planned.changes][::-1]:
+            for planned in [planned for planned in job if find_changed(planned)][::-1]:
                 _set_aside(planned)
         except (ValueError, OSError) as error:
             return [_failed(planned, error) for planned in job]
@@ -128,7 +129,7 @@ class Runner:
 
     def _run(self, planned: PlannedRun, environment: dict[str, str]) -> Outcome:
         folder, name = planned.run.folder, planned.run.name
-        if planned.all_done:
+        if not read_progress(planned).left:
             return Outcome(name, "done", "before")
         with Lock(folder / "lock") as lock:
             if planned.trains and "began" not in done_stages(folder) and (folder / "checkpoints").exists():
@@ -136,7 +137,7 @@ class Runner:
             write_atomic(folder / "variant.yaml", yaml.safe_dump(planned.run.config.to_dict(), sort_keys=False))
             if not planned.trains:
                 mark_done(folder, train=planned.keys["train"])
-            for stage in [stage for stage in STAGES if stage in planned.keys and stage not in planned.done]:
+            for stage in read_progress(planned).left:
                 if why := self._must_stop():
                     return Outcome(name, "stopped", why)
                 if outcome := self._run_stage(planned, stage, lock, environment):
@@ -320,7 +321,7 @@ def _failed(planned: PlannedRun, error: Exception) -> Outcome:
 
 def _set_aside(planned: PlannedRun) -> None:
     """Move the results of another configuration, code or data from the run's folder to a new one beside it."""
-    folder, why = planned.run.folder, ", ".join(planned.changes)
+    folder, why = planned.run.folder, ", ".join(find_changed(planned))
     backup = unused_path(folder)
     with Lock(folder / "lock"), Lock(folder / "training.lock"):  # somebody may have resumed the training by hand
         backup.mkdir()

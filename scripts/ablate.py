@@ -87,7 +87,8 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     runs = expand_runs(ablation, folder.name)
     check_inputs_of(runs, scores=config.only != "plan")
     with without_garbage_collection():
-        from ablation.plan import format_plan, make_plan, prepare, refuse_changed
+        from ablation.plan import make_plan, prepare
+        from ablation.progress import format_plan, read_progress, refuse_changed
         from ablation.runner import Runner, group_into_jobs, run_here, submit, worker_slots
         from ablation.tables import check_columns
         from machine.accelerator import open_accelerator
@@ -107,7 +108,7 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
 
         if not config.redo:
             refuse_changed(plan)
-        prepare([planned for planned in plan if not planned.all_done], accelerator)
+        prepare([planned for planned in plan if read_progress(planned).left], accelerator)
     jobs, runner = group_into_jobs(plan), Runner(deadline, config.launcher)
     if config.executor == "local":
         outcomes = run_here(jobs, runner, config.workers)
@@ -119,7 +120,7 @@ def run(config: AblateConfig, ablation: AblationConfig, folder: Path) -> int:
     for outcome in outcomes:
         if outcome.status != "done":
             print(f"{outcome.status}: {outcome.run}: {outcome.why}")
-    if any("score" in planned.done for planned in plan):
+    if any("score" in read_progress(planned).done for planned in plan):
         with Lock(folder / "lock", waits=True):
             report(folder, ablation)
     statuses = {outcome.status for outcome in outcomes}

@@ -18,7 +18,8 @@ from processes import ROOT
 
 from ablation import identity, runner
 from ablation.identity import done_stages, is_scored, mark_done
-from ablation.plan import make_plan, refuse_changed
+from ablation.plan import make_plan
+from ablation.progress import describe_state, read_progress, refuse_changed
 from ablation.runner import Runner, group_into_jobs, last_line, submit
 from ablation.study import ScoringConfig, deep_merge
 from checkpoints.checkpoint import WEIGHTS, make_metadata, save_tensors
@@ -103,6 +104,10 @@ def test_the_code_of_a_training_is_what_it_imports():
     assert "ablation/results.py" not in identity.code_hashes("score")
 
 
+def state_of(planned):
+    return describe_state(planned, read_progress(planned))
+
+
 @pytest.fixture
 def changed_code(monkeypatch):
     """Pretend that one file of the stages' code has changed."""
@@ -125,11 +130,11 @@ def test_a_changed_file_of_the_code_makes_its_stages_run_again(scripted, changed
         return replace(planned, keys=identity.stage_keys(planned.run.config, scoring, pictures))
 
     changed_code("conversion/diffusers_pipeline.py")
-    assert now().state == "done"
+    assert state_of(now()) == "done"
     changed_code("metrics/reference.py")
-    assert (now().done & {"train", "draw", "score"}, now().state) == ({"train", "draw"}, "trained")
+    assert (read_progress(now()).done & {"train", "draw", "score"}, state_of(now())) == ({"train", "draw"}, "trained")
     changed_code("training/objective.py")
-    assert now().state == "of other training/objective.py"
+    assert state_of(now()) == "of other training/objective.py"
     with pytest.raises(ValueError, match=r"seed0: training/objective\.py: --redo true keeps that beside them"):
         refuse_changed([now()])
 
@@ -138,12 +143,12 @@ def test_any_code_accepts_results_of_other_code():
     (planned,) = plan_of({"a": {}})
     older = {name: f"{key.partition('-')[0]}-older" for name, key in planned.keys.items()}
     mark_done(planned.run.folder, began=older["train"], **older)
-    assert not planned.done
+    assert not read_progress(planned).done
     where = {"folder": Path("runs/t"), "accelerator": open_accelerator("fp32"), "timed": False}
     again = partial(make_plan, planned.ablation, **where)
     (accepted,) = again([planned.run], any_code=True)
-    assert accepted.done == {"train", "score", "draw"}
-    assert accepted.state == "done"
+    assert read_progress(accepted).done == {"train", "score", "draw"}
+    assert state_of(accepted) == "done"
     steps = replace(planned.run.config.sampling, num_steps=2)
     other = replace(planned.run, variant="b", config=replace(planned.run.config, name="t/b", sampling=steps))
     (_, sharing) = again(
@@ -159,9 +164,9 @@ def test_scores_that_were_overwritten_by_hand_do_not_count_as_done():
     folder.mkdir(parents=True)
     (folder / "scores.json").write_text('{"num_samples": 50000}')
     mark_done(folder, began=planned.keys["train"], **planned.keys)
-    assert planned.state == "done"
+    assert state_of(planned) == "done"
     (folder / "scores.json").write_text('{"num_samples": 10}')
-    assert (planned.done, is_scored(folder, planned.keys["score"])) == ({"train", "draw"}, False)
+    assert (read_progress(planned).done, is_scored(folder, planned.keys["score"])) == ({"train", "draw"}, False)
 
 
 # The runner, with scripts in the place of the three commands.
@@ -233,14 +238,14 @@ def test_variants_that_share_a_training_are_scored_from_it(scripted):
     assert {status for status, _ in execute(plan).values()} == {"done"}
     assert calls() == ["train a", "score a", "draw a", "score b", "draw b"]
     again = plan_of({"a": {}, "b": {"sampling.num_steps": 2}})
-    assert [planned.state for planned in again] == ["done", "done"]
+    assert [state_of(planned) for planned in again] == ["done", "done"]
 
 
 def test_a_changed_configuration_trains_anew_and_backs_up_the_old_run(scripted):
     execute(plan_of({"a": {}}))
     (Path("runs/t/a/seed0") / "checkpoints").mkdir()
     plan = plan_of({"a": {"optim.lr": 5e-4}})
-    assert plan[0].state == "of other optim.lr"
+    assert state_of(plan[0]) == "of other optim.lr"
     with pytest.raises(ValueError, match=r"trained before with other runs/t/a/seed0: optim\.lr: --redo true keeps"):
         refuse_changed(plan)
     execute(plan)
@@ -264,10 +269,10 @@ def test_a_training_on_other_images_is_refused_and_redone(scripted):
     plan = plan_of(variants)
     execute(plan)
     trained(plan[0])
-    assert [planned.state for planned in plan] == ["done", "done"]
+    assert [state_of(planned) for planned in plan] == ["done", "done"]
     identity = {**plan[0].identity, "train": {**plan[0].identity["train"], "source_hash": "of other images"}}
     plan = [replace(planned, identity=identity) for planned in plan]
-    assert [planned.state for planned in plan] == ["of other content of --data.path"] * 2
+    assert [state_of(planned) for planned in plan] == ["of other content of --data.path"] * 2
     with pytest.raises(ValueError, match=r"a/seed0: content of --data\.path; runs/t/b/seed0: content of"):
         refuse_changed(plan)
     execute(plan)
@@ -279,7 +284,7 @@ def test_a_training_that_was_continued_by_hand_with_other_settings_is_refused(sc
     (planned,) = plan_of({"a": {}})
     execute([planned])
     trained(planned, step=8, **{"train.num_steps": 8, "sampling.num_steps": 2, "log.every": 7})
-    assert planned.state == "of other train.num_steps"
+    assert state_of(planned) == "of other train.num_steps"
 
 
 def test_reordering_variants_keeps_their_shared_training(scripted):
