@@ -30,7 +30,7 @@ META, DRIVE = "https://dl.fbaipublicfiles.com/DiT/models", "https://drive.google
 DROPBOX = "https://www.dl.dropboxusercontent.com/scl/fi"
 SIT = f"{DROPBOX}/as9oeomcbub47de5g4be0/SiT-XL-2-256.pt?rlkey=uxzxmpicu46coq3msb17b9ofa&dl=0"
 REPA = f"{DROPBOX}/cxedbs4da5ugjq5wg3zrg/last.pt?rlkey=8otgrdkno0nd89po3dpwngwcc&st=apcc645o&dl=0"
-LIGHTNING, UVIT = "lightningdit-xl-imagenet256", "UViT-tokens"
+LIGHTNING = "lightningdit-xl-imagenet256"
 FILES = {
     # facebookresearch/DiT and willisma/SiT, download.py; sihyun-yu/REPA, utils.py, which calls its own last.pt
     "DiT-XL-2-256x256.pt": PublicFile("dit", f"{META}/DiT-XL-2-256x256.pt", "DiT-XL/2", 256),
@@ -40,10 +40,10 @@ FILES = {
     # hustvl/LightningDiT and baofff/U-ViT, README.md
     f"{LIGHTNING}-800ep.pt": PublicFile("lightningdit", f"hf://hustvl/{LIGHTNING}-800ep", "LightningDiT-XL/1", 256),
     f"{LIGHTNING}-64ep.pt": PublicFile("lightningdit", f"hf://hustvl/{LIGHTNING}-64ep", "LightningDiT-XL/1", 256),
-    "imagenet256_uvit_large.pth": PublicFile("uvit", f"{DRIVE}/1w7T1hiwKODgkYyMH9Nc9JNUThbxFZgs3", UVIT, 256),
-    "imagenet256_uvit_huge.pth": PublicFile("uvit", f"{DRIVE}/13StUdrjaaSXjfqqF7M47BzPyhMAArQ4u", f"{UVIT}-XL/2", 256),
-    "imagenet512_uvit_large.pth": PublicFile("uvit", f"{DRIVE}/1mkj4aN2utHMBTWQX9l1nYue9vleL7ZSB", UVIT, 512),
-    "imagenet512_uvit_huge.pth": PublicFile("uvit", f"{DRIVE}/1uegr2o7cuKXtf2akWGAN2Vnlrtw5YKQq", f"{UVIT}-XL/4", 512),
+    "imagenet256_uvit_large.pth": PublicFile("uvit", f"{DRIVE}/1w7T1hiwKODgkYyMH9Nc9JNUThbxFZgs3", "U-ViT-L/2", 256),
+    "imagenet256_uvit_huge.pth": PublicFile("uvit", f"{DRIVE}/13StUdrjaaSXjfqqF7M47BzPyhMAArQ4u", "U-ViT-H/2", 256),
+    "imagenet512_uvit_large.pth": PublicFile("uvit", f"{DRIVE}/1mkj4aN2utHMBTWQX9l1nYue9vleL7ZSB", "U-ViT-L/4", 512),
+    "imagenet512_uvit_huge.pth": PublicFile("uvit", f"{DRIVE}/1uegr2o7cuKXtf2akWGAN2Vnlrtw5YKQq", "U-ViT-H/4", 512),
 }
 VA_VAE = "vavae-imagenet256-f16d32-dinov2"  # hustvl/LightningDiT, README.md, with its latents' statistics
 

@@ -151,7 +151,7 @@ def _read_uvit(shapes: Shapes, num_heads: int | None) -> dict[str, Any]:
     num_labels = shapes.get("label_emb.weight", (0,))[0]  # including the null label
     num_extra_tokens = 2 if num_labels else 1  # time, and label
     return {
-        "name": "UViT-tokens",
+        "name": "U-ViT",
         "input_size": patch_size * math.isqrt(shapes["pos_embed"][1] - num_extra_tokens),
         "in_channels": channels,
         "out_channels": channels,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from models.layers import Size
 
 BACKBONES: dict[str, Row] = {**XSWIN, **DIT, **UVIT, **UNET}
-BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "UViT-tokens")}
+BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "U-ViT", "UViT-tokens")}
 MAY_BE_ZERO = {"num_global_blocks", "mlp_ratio", "drop_path", "dropout", "augment_dim"}
 
 

@@ -47,16 +47,21 @@ DIT: dict[str, Row] = {
 }
 
 _UVIT = Deferred(lambda: import_module("models.uvit").UViTTokens)
-_UVIT_SIZES = {
-    "S": {"dim": 384, "depth": 13, "num_heads": 6},
-    "B": {"dim": 768, "depth": 13, "num_heads": 12},
-    "L": {"dim": 1024, "depth": 25, "num_heads": 16},
-    "XL": {"dim": 1152, "depth": 29, "num_heads": 16},
+_UVIT_SIZES = {  # Bao et al. 2023, table 1, which counts the middle block too
+    "S": {"dim": 512, "depth": 13, "num_heads": 8},
+    "M": {"dim": 768, "depth": 17, "num_heads": 12},
+    "L": {"dim": 1024, "depth": 21, "num_heads": 16},
+    "H": {"dim": 1152, "depth": 29, "num_heads": 16},
+}
+_UVIT_FAMILIES = {  # sizes, and patch sizes
+    "U-ViT": (_UVIT_SIZES, (2, 4)),
+    "UViT-tokens": ({size: {**row, "depth": row["depth"] + 1} for size, row in _DIT_SIZES.items()}, (2, 4, 8)),
 }
 UVIT: dict[str, Row] = {
-    f"UViT-tokens-{size}/{patch_size}": (_UVIT, {**row, "patch_size": patch_size})
-    for size, row in _UVIT_SIZES.items()
-    for patch_size in (2, 4, 8)
+    f"{family}-{size}/{patch_size}": (_UVIT, {**row, "patch_size": patch_size})
+    for family, (sizes, patch_sizes) in _UVIT_FAMILIES.items()
+    for size, row in sizes.items()
+    for patch_size in patch_sizes
 }
 
 # Models of three studies in pixel space. The first four follow a published table for anime faces at 64x64; they have

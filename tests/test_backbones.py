@@ -104,6 +104,16 @@ def test_parameters_are_the_papers(name, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
 
 
+@pytest.mark.parametrize("patch_size", [2, 4])
+@pytest.mark.parametrize(("size", "millions"), [("S", 44), ("M", 131), ("L", 287), ("H", 501)])
+def test_uvits_have_the_published_number_of_parameters(size, patch_size, millions):
+    with torch.device("meta"):
+        model = create_model(
+            f"U-ViT-{size}/{patch_size}", input_size=16 * patch_size, in_channels=4, out_channels=4, num_classes=1000
+        )
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.9)
+
+
 @families
 @pytest.mark.parametrize("size", [(8, 8), (16, 8), (12, 20)])
 def test_output_has_the_inputs_size(name, size):

@@ -210,8 +210,9 @@ def published_uvit(side, patch_size, dim, half):
         ("repa", published_dit(32, 2, 1152, 28), "DiT-XL/2", 32),
         ("lightningdit", published_lightningdit(1, 1152, 28, 72, 3072), "LightningDiT-XL/1", 16),
         ("lightningdit", published_lightningdit(2, 1024, 24, 64, 2730), "LightningDiT-L/2", 16),
-        ("uvit", published_uvit(32, 2, 1152, 14), "UViT-tokens-XL/2", 32),
-        ("uvit", published_uvit(64, 4, 1152, 14), "UViT-tokens-XL/4", 64),
+        ("uvit", published_uvit(64, 4, 768, 8), "U-ViT-M/4", 64),
+        ("uvit", published_uvit(32, 2, 1024, 10), "U-ViT-L/2", 32),
+        ("uvit", published_uvit(64, 4, 1152, 14), "U-ViT-H/4", 64),
     ],
 )
 def test_published_models_are_recognised_at_256_and_512(source, weights, row, side):
