@@ -249,7 +249,8 @@ def read_results(folder: Path, ablation: AblationConfig | None = None) -> Result
         if not is_scored(scores.parent, row["keys"]["score"]) or not scores.is_file():
             missing.append(f"{row['variant']}, seed {row['seed']}")
             continue
-        events = read_log(Path(row["trained_in"]) / "log.jsonl")
+        log = read_log(Path(row["trained_in"]) / "log.jsonl")
+        events = [event for event in log if event["step"] <= row["num_steps"]]  # somebody may have trained it further
         run = RunResult(row, json.loads(scores.read_text()), events)
         variants.setdefault(row["variant"], []).append(run)
     if not variants:

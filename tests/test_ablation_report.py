@@ -141,6 +141,16 @@ def test_a_held_out_loss_that_is_no_number_is_no_score(ablation):
     assert run.trials[0]["validation_loss"] is None
 
 
+def test_steps_that_somebody_trained_a_run_beyond_its_plan_are_not_in_the_report(ablation):
+    log = ablation / "0" / "seed0" / "log.jsonl"
+    before, planned = log.read_text(), read_results(ablation)
+    log.write_text(f"{before}\n" + json.dumps({"step": 300, "validation_loss": 0.01, "images_per_second": 1e6}))
+    results = read_results(ablation)
+    log.write_text(before)
+    assert results == planned
+    assert variant_cells(results) == variant_cells(planned)
+
+
 def test_bold_is_what_is_decidedly_better_than_every_other(ablation):
     results = read_results(ablation)
     metric, (first, *_) = "frechet_distance[colors]", results.variants
