@@ -24,6 +24,7 @@ from metrics.scores import Score, metric_name, num_digits
 from sampling.grids import save_grid
 
 ENOUGH_FOR_INCEPTION_SCORE = 5000  # images per split; the literature splits 50,000 images into ten
+LIKELIHOOD = "bits per dimension: {value:.4f} ± {std:.4f} over {num_images} held-out images"
 LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "torch-fidelity")
 
 
@@ -168,9 +169,6 @@ def format_report(
             f"of copies of training images planted in their place, {copies:.1%} ({found:.1%} "
             "found their own original)" + ("." if copies > 0.9 else ": here the figure tells nothing.")
         )
-    if bits := extra.get("bits_per_dimension"):
-        likelihood = "bits per dimension: {value:.4f} ± {std:.4f} over {num_images} held-out images"
-        lines.append(likelihood.format(**bits))
     if extractor.kind != "inception":
         lines.append(f"Distances on {on} compare runs with each other; they are not FID.")
     return "\n".join(lines)

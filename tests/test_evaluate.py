@@ -296,8 +296,10 @@ def test_settings_that_cannot_be_scored_cost_no_others(folder, extractor):
     assert [isinstance(score["value"], float) for score in values] == [True, False, True]
     assert "not finite" in values[1]["reason"]
     assert not list(folder.glob("diverged.json.unfinished*"))
-    alone = run("evaluate.py", "--samples", "runs/tiny", *flags, "--guidance_scale", 1e38, cwd=folder, check=False)
+    flags += ("--guidance_scale", 1e38, "--likelihood", 2)
+    alone = run("evaluate.py", "--samples", "runs/tiny", *flags, cwd=folder, check=False)
     assert alone.returncode == 2
+    assert "over 2 held-out images" in alone.stdout
 
 
 def test_folders_that_cannot_be_written_are_found_before_anything_is_scored(folder, extractor, tmp_path, monkeypatch):
