@@ -42,7 +42,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from training.adapters import Merged
     from training.assembly import build_backbone, build_batches, build_objective, open_problem, prepare
     from training.guard import Guard, clip_gradients
-    from training.inspection import Inspections, open_best
+    from training.inspection import Inspections, measured_by, open_best
     from training.log import end_training, is_due
     from training.objective import phase_at
     from training.optimizer import learning_rate, num_training_steps
@@ -73,7 +73,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     model, optimizers = prepare(run, model, objective)
     scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
     if scorer and config.log.best != "validation_loss":
-        best.measured_by = scorer[0].extractor.sha256
+        best.measured_by = measured_by(scorer[0].extractor.sha256, sampling, accelerator)
     backbone = accelerator.unwrap_model(model)
     merged = Merged(backbone) if config.train.adapter else backbone  # as averages and checkpoints store it
     ema.shard_like(backbone)

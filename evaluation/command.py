@@ -134,7 +134,7 @@ class Command:
             where, num = (self.checkpoint, inputs.codec, inputs.held_out), flags.likelihood
             bits = held_out_likelihood(*where, num, scorer.accelerator, seed=scorer.evaluation.seed)
             extra["bits_per_dimension"] = {**asdict(bits), "num_images": num}
-            scorer.accelerator.print(record.LIKELIHOOD.format(**extra["bits_per_dimension"]))  # or a later error takes it
+            scorer.accelerator.print(record.LIKELIHOOD.format(**extra["bits_per_dimension"]))  # or an error takes it
         unfinished = record.unfinished_path(self.output, repr(flags))
 
         def keep(done: list[Row]) -> None:  # or hours of scoring are lost with the process

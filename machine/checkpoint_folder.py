@@ -108,7 +108,7 @@ class Best:
     lower: bool = True  # whether lower values are better
     value: float | None = None
     step: int | None = None
-    measured_by: str | None = None  # hash of the extractor; values by another do not compare
+    measured_by: str | None = None  # hashes of the extractor etc.; values by others do not compare
     lost: bool = False  # whether `restore` found such a value
 
     def improves(self, value: float, step: int) -> bool:
@@ -123,7 +123,7 @@ class Best:
         return {"value": self.value, "step": self.step, "measured_by": self.measured_by}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned; a value that another extractor has measured becomes None."""
+        """Restore what `state` returned; a value that others have measured becomes None."""
         self.value, self.step = state["value"], state["step"]
         if self.value is not None and state.get("measured_by", self.measured_by) != self.measured_by:
             self.value, self.lost = None, True

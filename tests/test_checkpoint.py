@@ -15,7 +15,8 @@ from checkpoints.averages import EMA
 from checkpoints.checkpoint import current_commit, open_checkpoint, read_metadata, read_tensors, save_tensors
 from checkpoints.training_state import resume
 from checkpoints.warm_start import warm_start
-from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig
+from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
+from machine.accelerator import open_accelerator
 from machine.checkpoint_folder import (
     Best,
     CheckpointError,
@@ -27,7 +28,7 @@ from machine.checkpoint_folder import (
 )
 from models import ModelSpec
 from training.guard import Guard
-from training.inspection import open_best
+from training.inspection import measured_by, open_best
 
 
 @pytest.fixture
@@ -285,6 +286,18 @@ def test_a_value_that_another_extractor_has_measured_is_not_the_best():
         best = Best("fid", measured_by=extractor)
         best.restore(state)
         assert (best.value, best.step) == (value, 3)
+
+
+def test_what_measures_a_score_is_its_extractor_its_guide_and_a_file_of_noise_levels(saved, tmp_path):
+    (spacing := tmp_path / "levels.txt").write_text("1 0.5")
+
+    def measure(**sampling):
+        return measured_by("one", SamplingConfig(**sampling), open_accelerator("fp32"))
+
+    assert measure(spacing="karras") == "one"
+    hashes = {"one", measure(spacing=str(spacing)), measure(guidance_checkpoint=str(saved[0]))}
+    spacing.write_text("1 0.4")
+    assert len({*hashes, measure(spacing=str(spacing))}) == 4
 
 
 def test_results_of_older_or_other_weights_are_marked_with_their_name(saved, tmp_path):

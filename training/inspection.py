@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -16,11 +17,12 @@ from data.subsets import stratified
 from evaluation.scoring import Reference, Scorer
 from evaluation.sources import from_generator
 from experiment.config import EvaluationConfig, ExperimentConfig, LogConfig, SamplingConfig
-from machine.accelerator import indices_of_process
+from machine.accelerator import from_main, indices_of_process
 from machine.checkpoint_folder import Best, paths_by_step
 from machine.randomness import generator_for
 from metrics.extractors import kind_and_name
 from metrics.scores import is_lower_better, metric_name
+from sampling.checks import files_in_record
 from sampling.generation import Generator, generate
 from sampling.labels import balanced_labels, sample_labels
 from training.batches import Batch
@@ -42,6 +44,12 @@ def open_best(log: LogConfig, evaluation: EvaluationConfig) -> Best:
     if not getattr(log, needed := measured_every[log.best]) > 0:
         raise ValueError(f"--log.best {log.best}: it is never measured; set --log.{needed} to a number of steps")
     return Best(log.best, lower=bool(is_lower_better(log.best)))
+
+
+def measured_by(extractor: str, sampling: SamplingConfig, accelerator: Accelerator) -> str:
+    """Hashes of the files that scores depend on: that of the extractor, and of those that sampling settings name."""
+    files = from_main(accelerator, lambda: files_in_record(sampling))  # a guide may be training
+    return "-".join([extractor, *filter(None, files.values())])
 
 
 @dataclass(frozen=True)

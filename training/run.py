@@ -114,7 +114,7 @@ class Run(Generic[R]):
         if checkpoint is not None:
             self._restore(checkpoint)
             changed = from_main(self.accelerator, lambda: changed_metric(checkpoint, self.config, self.identity))
-            changed += ["content of --evaluation.extractor"] * self.best.lost
+            changed += ["content of --evaluation.extractor or of files of --sampling"] * self.best.lost
             if changed and (self.best.lost or self.best.value is not None):
                 self.best.value = None
                 note = f"{self.checkpoints}/best is kept until there is another: values so far do not compare"
