@@ -8,6 +8,8 @@ python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --in
 python sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
 """
 
+from __future__ import annotations
+
 import sys
 from collections import deque
 from collections.abc import Iterable
@@ -23,6 +25,7 @@ from settings import SEEDS, reads, set_values, within, writes
 if TYPE_CHECKING:
     from checkpoints.checkpoint import Checkpoint
     from sampling.generation import Generator
+    from sampling.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class SampleConfig:
         seed: image i depends only on the seed, i and its label
         sampling: overrides of the checkpoint's settings; --guidance_scale is short for --sampling.guidance_scale, etc.
         batch_size: images per batch, on each process; by default 64, of small models on a GPU 512
-        panel: also write a picture of this many moments of the denoising: x_t above, predicted x_0 below
+        panel: also write a picture of this many steps of the sampling trajectory: x_t above, predicted x_0 below
         stages: of a diffusion that samples in several stages: also write a picture of their outputs, side by side
         reconstruct: instead of samples: noise held-out images to this time, and denoise them in one step and in all
         interpolate: instead of samples: this many images between the first class and the last
@@ -71,73 +74,98 @@ class SampleConfig:
 
 
 def main(config: SampleConfig) -> None:
-    """Load the checkpoint, generate, and write the output."""
+    """Load the checkpoint; generate samples, or an interpolation or reconstructions in their place."""
     with without_garbage_collection():
         from experiment import inputs
-        from experiment.build import merge_data_flags, open_split
         from machine.accelerator import from_main
-        from sampling.generation import stream
-        from sampling.grids import check_size, save_grid
-        from sampling.interpolation import interpolate
-        from sampling.panels import DenoisingPanel, StagesPanel
         from sampling.pipeline import load
-        from sampling.reconstruction import draw_reconstructions
 
-    output_path = Path(config.output) if config.output else None
-    keep = output_path is not None  # another file of that name
-    check(config)
-    check_output(output_path, is_picture=config.reconstruct is not None or config.interpolate is not None)
-    ours = {name: getattr(config, name) for name in ("precision", "autoencoder", "compile")}
-    pipeline = load(config.checkpoint, **ours)
-    checkpoint, accelerator = pipeline.checkpoint, pipeline.accelerator
-
-    def output_of(name: str) -> Path:
-        return output_path or checkpoint.run / f"{name}{checkpoint.output_suffix}.png"
-
-    from_main(accelerator, lambda: inputs.check_output("--output", output_of("samples")))
+    check_flags(config)
+    pipeline = load(
+        config.checkpoint, precision=config.precision, autoencoder=config.autoencoder, compile=config.compile
+    )
+    mode, checkpoint = mode_of(config), pipeline.checkpoint
+    default = checkpoint.run / f"{'interpolation' if mode == 'interpolate' else mode}{checkpoint.output_suffix}.png"
+    output = Path(config.output) if config.output else default
+    from_main(pipeline.accelerator, lambda: inputs.check_output("--output", output))
     overrides = set_values(config.sampling)
     generator = pipeline.generator(config.classes, config.num_per_class, seed=config.seed, **overrides)
-    labels, classes = generator.labels, generator.labels.unique_consecutive().tolist()
+    if mode == "reconstruct":
+        reconstruct_held_out(config, pipeline, generator, output)
+    elif mode == "interpolate":
+        interpolate_classes(config, pipeline, generator, output)
+    else:
+        generate_samples(config, pipeline, generator, output)
+
+
+def generate_samples(config: SampleConfig, pipeline: Pipeline, generator: Generator, output: Path) -> None:
+    """Write the samples, and the pictures of their denoising and of their stages that are asked for."""
+    from sampling.generation import stream
+    from sampling.grids import check_size, save_grid
+    from sampling.panels import DenoisingPanel, StagesPanel
+
     panel = DenoisingPanel(config.panel, generator.num_steps) if config.panel else None
     stages = StagesPanel(pipeline.diffusion) if config.stages else None
+    pictures = {name: drawn for name, drawn in {"panel": panel, "stages": stages}.items() if drawn is not None}
     generator = replace(generator, callback=panel, on_stage=stages)
-    if config.reconstruct is not None:
-        held_out = open_split(merge_data_flags(checkpoint.config.data, config.data), "test", accelerator)
-        path = output_of("reconstruct")
-        images = held_out, classes, config.num_per_class
-        draw_reconstructions(generator, checkpoint, *images, config.reconstruct, path, keep=keep)
-        return
-    if config.interpolate is not None:
-        ends, path = (classes[0], classes[-1]), output_of("interpolation")
-        seeds = config.seed, config.seed if config.to_seed is None else config.to_seed
-        check_size(path, config.interpolate, generator.image_size, config.interpolate)
-        images = interpolate(generator, ends, seeds, config.interpolate)
-        save_grid(images, path, columns=len(images), keep=keep)
-        print(f"{len(images)} images on the way: {path}")
-        return
-    output, layout = output_of("samples"), grid_layout(labels, checkpoint.classes, config.num_per_class)
-    panels = {name: drawn for name, drawn in {"panel": panel, "stages": stages}.items() if drawn is not None}
-    check_size(output, len(labels), generator.image_size, **layout)
-    for name, drawn in panels.items():  # of which there are few rows
+    layout = grid_layout(generator.labels, pipeline.classes, config.num_per_class)
+    check_size(output, len(generator.labels), generator.image_size, **layout)
+    for name, drawn in pictures.items():  # of which there are few rows
         columns = len(drawn.column_names)
         check_size(second_output(output, name), columns, generator.image_size, columns)
     batches = stream(generator, batch_size=config.batch_size)
-    if not accelerator.is_main_process:
+    if not pipeline.accelerator.is_main_process:
         deque(batches, maxlen=0)  # the main process gathers the images
         return
 
-    save_samples(batches, generator, checkpoint, layout, output, keep=keep)
-    print(f"{len(labels)} images: {output}")
-    for name, drawn in panels.items():
+    keep = config.output is not None
+    save_samples(batches, generator, pipeline.checkpoint, layout, output, keep=keep)
+    print(f"{len(generator.labels)} images: {output}")
+    for name, drawn in pictures.items():
         path, names = second_output(output, name), drawn.column_names
         save_grid(drawn.images(pipeline.codec), path, columns=len(names), column_names=names, keep=keep)
         print(f"{name}: {path}")
 
 
+def interpolate_classes(config: SampleConfig, pipeline: Pipeline, generator: Generator, output: Path) -> None:
+    """Write a row of images between the first class and the last, and between the seeds."""
+    from sampling.grids import check_size, save_grid
+    from sampling.interpolation import interpolate
+
+    num_images = config.interpolate or 0
+    check_size(output, num_images, generator.image_size, num_images)
+    ends = int(generator.labels[0]), int(generator.labels[-1])
+    seeds = config.seed, config.seed if config.to_seed is None else config.to_seed
+    images = interpolate(generator, ends, seeds, num_images)
+    if pipeline.accelerator.is_main_process:
+        save_grid(images, output, columns=num_images, keep=config.output is not None)
+        print(f"{num_images} images on the way: {output}")
+
+
+def reconstruct_held_out(config: SampleConfig, pipeline: Pipeline, generator: Generator, output: Path) -> None:
+    """Write a grid of held-out images, noised to a time and denoised."""
+    from experiment.build import merge_data_flags, open_split
+    from sampling.reconstruction import draw_reconstructions
+
+    data = merge_data_flags(pipeline.checkpoint.config.data, config.data)
+    held_out = open_split(data, "test", pipeline.accelerator)
+    classes, keep = generator.labels.unique_consecutive().tolist(), config.output is not None
+    draw_reconstructions(
+        generator,
+        pipeline.checkpoint,
+        held_out,
+        classes,
+        config.num_per_class,
+        config.reconstruct or 0.0,
+        output,
+        keep=keep,
+    )
+
+
 def save_samples(
     batches: Iterable[Any],
-    generator: "Generator",
-    checkpoint: "Checkpoint",
+    generator: Generator,
+    checkpoint: Checkpoint,
     layout: dict[str, Any],
     output: Path,
     *,
@@ -177,28 +205,30 @@ def grid_layout(labels: Any, classes: list[str], num_per_class: int) -> dict[str
 
 PICTURES = (".png", ".pdf")
 WITHOUT_EFFECT = {  # flags that are ignored, by mode
-    "--reconstruct": ("interpolate", "to_seed", "panel", "stages"),
-    "--interpolate": ("num_per_class", "panel", "stages", "data"),
+    "reconstruct": ("interpolate", "to_seed", "panel", "stages"),
+    "interpolate": ("num_per_class", "panel", "stages", "data"),
     "samples": ("to_seed", "data"),
 }
 
 
-def check(config: SampleConfig) -> None:
-    """Refuse flags that have no effect together."""
-    defaults = SampleConfig(config.checkpoint)
-    mode = "--reconstruct" if config.reconstruct is not None else "--interpolate" if config.interpolate else "samples"
+def mode_of(config: SampleConfig) -> str:
+    """What is drawn: 'reconstruct', 'interpolate' or 'samples'."""
+    return "reconstruct" if config.reconstruct is not None else "interpolate" if config.interpolate else "samples"
+
+
+def check_flags(config: SampleConfig) -> None:
+    """Before anything is generated, refuse flags without an effect, and an --output whose suffix names no format."""
+    defaults, mode = SampleConfig(config.checkpoint), mode_of(config)
     for flag in WITHOUT_EFFECT[mode]:
         if getattr(config, flag) != getattr(defaults, flag):
-            remedy = ", or give --interpolate" if (flag, mode) == ("to_seed", "samples") else ""
-            remedy = ", or give --reconstruct" if flag == "data" else remedy
-            raise ValueError(f"--{flag}: it says nothing of {mode}; leave it out{remedy}")
-
-
-def check_output(output: Path | None, *, is_picture: bool) -> None:
-    """Check, before anything is generated, that the suffix names a format."""
+            needed = {"to_seed": "interpolate", "data": "reconstruct"}.get(flag)
+            if mode == "samples":
+                raise ValueError(f"--{flag} has no effect without --{needed}: leave it out, or add --{needed}")
+            raise ValueError(f"--{flag} has no effect with --{mode}: leave one of them out")
+    output = Path(config.output) if config.output else None
     ending = output.suffix.lower() if output and not output.is_dir() else ""
-    if is_picture and output and ending not in PICTURES:
-        raise ValueError(f"--output {output}: it is one picture, give FILE.png or FILE.pdf")
+    if output and mode != "samples" and ending not in PICTURES:
+        raise ValueError(f"--output {output}: --{mode} draws one picture; give FILE.png or FILE.pdf")
     if ending[1:2].isalpha() and ending not in (*PICTURES, ".npz"):
         raise ValueError(
             f"--output {output}: give FILE.png or FILE.pdf for a grid, FILE.npz for arrays, or a folder, whose name "

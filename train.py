@@ -40,7 +40,7 @@ def train(run: Run[ExperimentConfig]) -> None:
     from machine.randomness import seed_for
     from sampling.checks import load_guide_model, resolve_sampling
     from training.adapters import Merged
-    from training.assembly import build_backbone, build_batches, build_objective, open_problem, prepare
+    from training.assembly import build_backbone, build_batches, build_objective, open_task, prepare
     from training.guard import Guard, clip_gradients
     from training.inspection import Inspections, measured_by, open_best
     from training.log import end_training, is_due
@@ -51,7 +51,8 @@ def train(run: Run[ExperimentConfig]) -> None:
     # Open the data, and complete the settings by what follows from them.
     config, accelerator = run.config, run.accelerator
     best = open_best(config.log, config.evaluation)
-    problem = diffusion, codec, images, spec = open_problem(run)
+    task = open_task(run)
+    diffusion, codec, images, spec = task
     held_out_images = open_split(config.data, "test", accelerator)
     run.check_identity(codec=codec.provenance, train=images.describe(), test=held_out_images.describe())
     num_guided = config.guided_classes(spec.num_classes)
@@ -60,30 +61,31 @@ def train(run: Run[ExperimentConfig]) -> None:
     accelerator.print(summarize_splits(images, held_out_images))
 
     # Build the model and what trains it.
-    model = build_backbone(run, problem)
+    model = build_backbone(run, task)
     num_images = len(images)
     num_steps = num_training_steps(config.train, num_images)
     if run.is_main and accelerator.device.type == "cpu" and not accelerator.is_fsdp2:
-        lengths = {"num_images": num_images, "num_steps": num_steps, "images_per_step": config.train.batch_size}
-        print(forecast(model, spec, diffusion, accelerator, **lengths))
+        images_per_step = config.train.batch_size
+        print(forecast(model, spec, diffusion, accelerator, num_images, num_steps, images_per_step))
     ema = EMA(model, config.train.ema_decay, config.train.ema_profiles, sharded=accelerator.is_fsdp2)
-    objective, features = build_objective(run, problem, model)
-    batches = build_batches(run, problem, objective, features)
+    objective, features = build_objective(run, task, model)
+    batches = build_batches(run, task, objective, features)
     held_out = open_cache(config.data, codec, held_out_images, accelerator, flips=False)
     model, optimizers = prepare(run, model, objective)
-    scorer = open_scorer(config.data, accelerator, config.evaluation) if config.log.evaluate_every else None
-    if scorer and config.log.best != "validation_loss":
-        best.measured_by = measured_by(scorer[0].extractor.sha256, sampling, accelerator)
+    scorer, reference = None, None
+    if config.log.evaluate_every:
+        scorer, reference = open_scorer(config.data, accelerator, config.evaluation)
+        if config.log.best != "validation_loss":
+            best.measured_by = measured_by(scorer.extractor.sha256, sampling, accelerator)
     backbone = accelerator.unwrap_model(model)
     merged = Merged(backbone) if config.train.adapter else backbone  # as averages and checkpoints store it
     ema.shard_like(backbone)
 
     # Start the run, or resume it from its newest intact checkpoint.
     guard = Guard()
-    inspections = Inspections(run, ema, objective, codec, held_out, sampling, guide_model, scorer)
+    inspections = Inspections(run, ema, objective, codec, held_out, sampling, guide_model, scorer, reference)
     state = TrainingState({"model": backbone, "heads": objective.heads}, optimizers, ema)
-    keep_every, metadata = config.log.keep_every, {"spec": spec, "classes": images.classes}
-    run.begin(state, {"model": guard}, inspections.due, num_steps, best=best, keep_every=keep_every, **metadata)
+    run.begin(state, {"model": guard}, inspections.due, num_steps, best=best, spec=spec, classes=images.classes)
     accelerator.print(
         f"{config.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {num_images} images, "
         f"{len(images.classes)} classes, {num_steps} steps on {accelerator.num_processes} x {accelerator.device}"
@@ -98,8 +100,9 @@ def train(run: Run[ExperimentConfig]) -> None:
         lr = learning_rate(config.optim, phase.step, phase.num_steps, num_images / config.train.batch_size)
         optimizers.scale_learning_rates(lr / config.optim.lr)
         for batch in run.meter.timed(batches.micro_batches(step, order=run.rollbacks)):
-            with accelerator.accumulate(model), accelerator.autocast():
-                terms = objective(model, batch, phase)
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    terms = objective(model, batch, phase)
                 accelerator.backward(terms["loss"].mean())
             run.meter.add(terms, diffusion.path.noise_rank(batch.t))
         norms = run.synchronize(clip_gradients(accelerator, model, config.optim.grad_clip, objective.heads))

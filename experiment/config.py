@@ -247,13 +247,11 @@ class LogConfig(BaseLogConfig):
     Args:
         validate_every: loss of the averaged weights on the held-out split
         evaluate_every: scores of samples of the averaged weights, with the settings of `evaluation`
-        keep_every: a checkpoint that is never deleted
         best: measure whose best checkpoint is kept as checkpoints/best: 'validation_loss', or a score such as 'fid'
     """
 
     validate_every: int = within("[0, inf)", 1000)
     evaluate_every: int = within("[0, inf)", 0)
-    keep_every: int = within("[0, inf)", 0)
     best: str | None = None
 
 

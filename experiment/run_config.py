@@ -41,6 +41,7 @@ class BaseLogConfig:
         checkpoint_minutes: a checkpoint this long after the previous one; the last step always writes one
         checkpoint_every: a checkpoint every so many steps as well
         keep_checkpoints: number of newest intact checkpoints to keep; saving verifies them
+        keep_every: a checkpoint every so many steps that is never deleted
         trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
     """
 
@@ -50,6 +51,7 @@ class BaseLogConfig:
     checkpoint_minutes: float = within("[0, inf)", 15.0)
     checkpoint_every: int = within("[0, inf)", 0)
     keep_checkpoints: int = within("[1, inf)", 2)
+    keep_every: int = within("[0, inf)", 0)
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
 

@@ -78,14 +78,14 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
     from tqdm import tqdm
 
     from machine.randomness import seed_for
-    from training.assembly import build_backbone, build_batches, build_objective, open_problem, prepare
+    from training.assembly import build_backbone, build_batches, build_objective, open_task, prepare
     from training.guard import clip_gradients
     from training.objective import phase_at
 
-    config, accelerator, problem = run.config, run.accelerator, open_problem(run)
-    model = build_backbone(run, problem)
-    objective, features = build_objective(run, problem, model)
-    batches = build_batches(run, problem, objective, features)
+    config, accelerator, task = run.config, run.accelerator, open_task(run)
+    model = build_backbone(run, task)
+    objective, features = build_objective(run, task, model)
+    batches = build_batches(run, task, objective, features)
     model, optimizers = prepare(run, model, objective)
     phase, losses = phase_at(objective.phases, 0, len(rates)), []
     for step, lr in enumerate(tqdm(rates, desc=run.folder.name, unit="step", disable=not run.is_main)):
@@ -93,8 +93,9 @@ def losses_at(rates: Sequence[float], run: Any) -> list[float]:
         optimizers.scale_learning_rates(lr / config.optim.lr)
         step_losses = []
         for batch in batches.micro_batches(step):
-            with accelerator.accumulate(model), accelerator.autocast():
-                loss = objective(model, batch, phase)["loss"].mean()
+            with accelerator.accumulate(model):
+                with accelerator.autocast():
+                    loss = objective(model, batch, phase)["loss"].mean()
                 accelerator.backward(loss)
             step_losses.append(loss.detach())
         clip_gradients(accelerator, model, config.optim.grad_clip, objective.heads)

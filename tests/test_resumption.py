@@ -207,7 +207,7 @@ def test_half_a_configuration_is_refused(stored):
     path.write_text("".join(lines[:-3]))
     with pytest.raises(
         CheckpointError,
-        match=r"config.yaml is cut short, put back log.evaluate_every: 0, log.keep_every",
+        match=r"config.yaml is cut short, put back log.validate_every: 1000, log.evaluate_every",
     ):
         resume_config(asked(stored["diffusion"], "diffusion"), stored["diffusion"], print)
     path.write_text("")

@@ -47,7 +47,7 @@ def train(tmp_path, monkeypatch):
             layer = torch.nn.Linear(1, 1)
             optimizer, guard = torch.optim.AdamW(layer.parameters()), Guard(patience=2)
             state = TrainingState({"model": layer}, {"optimizer": optimizer}, EMA(layer, 0.9))
-            run.begin(state, {"model": guard}, due, 6, best=Best("score"), keep_every=run.config.log.keep_every)
+            run.begin(state, {"model": guard}, due, 6, best=Best("score"))
             for step in run.steps():
                 if guard.passes(norm_of(run, step)):
                     layer.weight.data += 1

@@ -60,12 +60,14 @@ def test_samples_are_of_the_weights_that_were_opened_whatever_a_training_does_me
         opened.load_model()
 
 
-@pytest.mark.parametrize("mode", [{}, {"interpolate": 2}, {"reconstruct": 500.0}])
-def test_a_run_that_cannot_be_written_is_found_before_anything_is_drawn(folder, monkeypatch, mode):
+@pytest.mark.parametrize(
+    ("mode", "name"), [({}, "samples"), ({"interpolate": 2}, "interpolation"), ({"reconstruct": 500.0}, "reconstruct")]
+)
+def test_a_run_that_cannot_be_written_is_found_before_anything_is_drawn(folder, monkeypatch, mode, name):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(os, "access", lambda *_: False)
     monkeypatch.setattr(Generator, "denoise", None)
-    with pytest.raises(ValueError, match=r"--output runs/tiny/samples\.png: nothing can be written in "):
+    with pytest.raises(ValueError, match=rf"--output runs/tiny/{name}\.png: nothing can be written in "):
         SAMPLE.main(SAMPLE.SampleConfig("runs/tiny", **mode))
 
 
@@ -109,6 +111,15 @@ for number in (64, 3, 1, 0):
 def test_images_are_gathered_on_the_main_process_even_if_fewer_than_processes(tmp_path):
     (tmp_path / "gathered.py").write_text(GATHERED)
     run(tmp_path / "gathered.py", cwd=tmp_path, processes=2)
+
+
+def test_two_processes_write_one_interpolation_and_keep_one_former_picture(folder):
+    (folder / "between.png").write_text("of the user's")
+    flags = ("--checkpoint", "runs/tiny", "--interpolate", 2, "--output", "between.png")
+    written = run("sample.py", *flags, cwd=folder, processes=2).stdout
+    assert written.count("2 images on the way: between.png") == 1
+    (kept,) = folder.glob("between.png.before-*")
+    assert kept.read_text() == "of the user's"
 
 
 def test_the_progress_bar_moves_within_a_batch(monkeypatch):
@@ -200,13 +211,16 @@ def test_grid_folder_and_panel(folder):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"reconstruct": 0.5, "interpolate": 3}, "--interpolate: it says nothing of --reconstruct; leave it out$"),
-        ({"reconstruct": 0.5, "panel": 2}, "--panel: it says nothing of --reconstruct"),
-        ({"interpolate": 3, "num_per_class": 9}, "--num_per_class: it says nothing of --interpolate"),
-        ({"to_seed": 3}, "--to_seed: it says nothing of samples; leave it out, or give --interpolate$"),
+        (
+            {"reconstruct": 0.5, "interpolate": 3},
+            "--interpolate has no effect with --reconstruct: leave one of them out$",
+        ),
+        ({"reconstruct": 0.5, "panel": 2}, "--panel has no effect with --reconstruct"),
+        ({"interpolate": 3, "num_per_class": 9}, "--num_per_class has no effect with --interpolate"),
+        ({"to_seed": 3}, "--to_seed has no effect without --interpolate: leave it out, or add --interpolate$"),
         (
             {"data": DataFlags(path="images")},
-            "--data: it says nothing of samples; leave it out, or give --reconstruct$",
+            "--data has no effect without --reconstruct: leave it out, or add --reconstruct$",
         ),
     ],
 )

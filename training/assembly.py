@@ -34,7 +34,7 @@ def open_training(config: ExperimentConfig) -> AbstractContextManager[Run[Experi
     return open_run(config, in_parts=in_parts, grad_accumulation=config.train.grad_accumulation)
 
 
-class Problem(NamedTuple):
+class Task(NamedTuple):
     """What a backbone is trained for, and its specification, which follows from that."""
 
     diffusion: Diffusion
@@ -43,24 +43,24 @@ class Problem(NamedTuple):
     spec: ModelSpec
 
 
-def open_problem(run: Run[ExperimentConfig]) -> Problem:
+def open_task(run: Run[ExperimentConfig]) -> Task:
     """Open the training images and the autoencoder. Raises ValueError for settings that do not fit each other."""
     config, accelerator = run.config, run.accelerator
     diffusion, codec = build_diffusion(config.diffusion), create_codec(config.autoencoder).to(accelerator.device)
     images: ImageSet = open_split(config.data, "train", accelerator)
-    return Problem(diffusion, codec, images, model_spec(config, codec, diffusion, len(images.classes)))
+    return Task(diffusion, codec, images, model_spec(config, codec, diffusion, len(images.classes)))
 
 
-def build_backbone(run: Run[ExperimentConfig], problem: Problem) -> Backbone:
+def build_backbone(run: Run[ExperimentConfig], task: Task) -> Backbone:
     """Create the backbone, or this process's shards, on the device; a new run starts from `init_from`."""
     config, accelerator = run.config, run.accelerator
-    model = share_batch_norms(_shards_of(problem.spec, accelerator) or problem.spec.build(), accelerator)
+    model = share_batch_norms(_shards_of(task.spec, accelerator) or task.spec.build(), accelerator)
     if not accelerator.is_fsdp2:
         model = model.to(accelerator.device)
     if config.init_from and run.checkpoint is None:
         source, is_adapted = config.init_from, config.train.adapter is not None
-        report = warm_start(model, source, problem.images.classes, accelerator, whole=is_adapted)
-        warnings = changes_of_meaning(source, problem.codec, config.diffusion, accelerator)
+        report = warm_start(model, source, task.images.classes, accelerator, whole=is_adapted)
+        warnings = changes_of_meaning(source, task.codec, config.diffusion, accelerator)
         accelerator.print("; ".join([report, *warnings]))
     return model
 
@@ -78,24 +78,22 @@ def _shards_of(spec: ModelSpec, accelerator: Accelerator) -> Backbone | None:
         return None
 
 
-def build_objective(
-    run: Run[ExperimentConfig], problem: Problem, model: Backbone
-) -> tuple[Objective, LatentCache | None]:
+def build_objective(run: Run[ExperimentConfig], task: Task, model: Backbone) -> tuple[Objective, LatentCache | None]:
     """Create the objective, and open the features of the training images that its alignment needs."""
-    diffusion, device = problem.diffusion, run.accelerator.device
-    alignment, features = open_alignment(run, model, problem.images)
-    auxiliary = build_auxiliary(run.config.auxiliary, model, problem.codec, device, clean_time(diffusion))
+    diffusion, device = task.diffusion, run.accelerator.device
+    alignment, features = open_alignment(run, model, task.images)
+    auxiliary = build_auxiliary(run.config.auxiliary, model, task.codec, device, clean_time(diffusion))
     return objective_class(diffusion)(diffusion, auxiliary, alignment), features
 
 
 def build_batches(
-    run: Run[ExperimentConfig], problem: Problem, objective: Objective, features: LatentCache | None
+    run: Run[ExperimentConfig], task: Task, objective: Objective, features: LatentCache | None
 ) -> Batches:
     """Open the encoded images, and create the batches of a training; this process gets its share of each."""
     config, accelerator = run.config, run.accelerator
-    cache = open_cache(config.data, problem.codec, problem.images, accelerator, flips=config.data.flip)
+    cache = open_cache(config.data, task.codec, task.images, accelerator, flips=config.data.flip)
     ranks = accelerator.process_index, accelerator.num_processes
-    return Batches(cache, problem.codec, objective, config.train, features, *ranks, accelerator.device)
+    return Batches(cache, task.codec, objective, config.train, features, *ranks, accelerator.device)
 
 
 def prepare(run: Run[ExperimentConfig], model: Backbone, objective: Objective) -> tuple[nn.Module, Optimizers]:

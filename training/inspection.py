@@ -63,7 +63,8 @@ class Inspections:
     held_out: LatentCache
     sampling: SamplingConfig
     guide_model: nn.Module | None
-    scorer: tuple[Scorer, Reference] | None
+    scorer: Scorer | None
+    reference: Reference | None
 
     def due(self, step: int, num_steps: int) -> list[Callable[[int], dict[str, float]]]:
         """The inspections that are due after a step. The grid of the last step is left to the end of the training."""
@@ -101,12 +102,12 @@ class Inspections:
     def score(self, step: int) -> dict[str, float]:
         """Score samples against the held-out images."""
         assert self.scorer is not None
+        assert self.reference is not None
         evaluation = self.run.config.evaluation
         labels = sample_labels(evaluation, len(self.held_out), self.held_out.num_classes, self.held_out.labels)
         generator = self._generator(labels, evaluation.seed)
         source = from_generator(generator, self.run.config.model, self.held_out.classes)
-        scorer, reference = self.scorer
-        scores, _ = scorer.score(source, reference)
+        scores, _ = self.scorer.score(source, self.reference)
         return {name: score.value for name, score in scores.scores.items() if score.value is not None}
 
     def draw(self, step: int) -> dict[str, float]:

@@ -94,7 +94,6 @@ def forecast(
     spec: ModelSpec,
     diffusion: Diffusion,
     accelerator: Accelerator,
-    *,
     num_images: int,
     num_steps: int,
     images_per_step: int,

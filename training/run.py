@@ -64,7 +64,6 @@ class Run(Generic[R]):
     due: Callable[[int, int], Sequence[Inspection]]  # inspections after a step, given the step and the total number
     num_steps: int
     best: Best  # the metric by which the best checkpoint is kept
-    keep_every: int  # all checkpoints at multiples of this step are kept
     metadata: Mapping[str, str]
     is_sharded: bool
     log: Log
@@ -96,12 +95,11 @@ class Run(Generic[R]):
         num_steps: int,
         *,
         best: Best | None = None,
-        keep_every: int = 0,
         **metadata: Any,
     ) -> None:
         """Load the checkpoint's state, if the run is resumed, and open the log; `metadata` is for checkpoints."""
         self.training, self.guards, self.due, self.num_steps = training, guards, due, num_steps
-        self.best, self.keep_every = best or Best(), keep_every
+        self.best = best or Best()
         if self.best.metric:
             from_main(self.accelerator, lambda: check_links(self.folder))
         if (checkpoint := self.checkpoint) is not None:
@@ -153,7 +151,8 @@ class Run(Generic[R]):
             start = time.perf_counter()
             if not self._stop_reason:
                 self.inspect(*self.due(self.step, self.num_steps))
-            by_step = any(is_due(self.step, every) for every in (self.config.log.checkpoint_every, self.keep_every))
+            log = self.config.log
+            by_step = any(is_due(self.step, every) for every in (log.checkpoint_every, log.keep_every))
             if (by_step or self.interruption.save_due) and self.step < self.num_steps:
                 self.save()
             self.writing.check()
@@ -238,7 +237,7 @@ class Run(Generic[R]):
     def _write(self, write: Callable[[], None], *, rotates: bool) -> None:
         write()
         if rotates:
-            rotate(self.checkpoints, keep=self.config.log.keep_checkpoints, keep_every=self.keep_every)
+            rotate(self.checkpoints, keep=self.config.log.keep_checkpoints, keep_every=self.config.log.keep_every)
         if time.monotonic() - self._plotted_at > SECONDS_BETWEEN_CURVES:
             draw_curve(self.folder)
             self._plotted_at = time.monotonic()
