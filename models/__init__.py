@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 
 BACKBONES: dict[str, Row] = {**XSWIN, **DIT, **UVIT, **UNET}
 BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "U-ViT", "UViT-tokens")}
-MAY_BE_ZERO = {"num_global_blocks", "mlp_ratio", "drop_path", "dropout", "augment_dim"}
+# Arguments of this project's backbones that must be positive; no number among the others may be negative.
+POSITIVE = {"dim", "time_dim", "channels", "middle_channels", "depth", "depths", "num_heads", "mlp_ratio"}
+POSITIVE |= {"patch_size", "window_size", "neighbourhood", "stem_size", "factor"}
 
 
 def check_model(name: str) -> None:
@@ -62,19 +65,23 @@ def create_model(
     unknown = sorted(overrides.keys() - parameters.keys())
     if unknown:
         raise ValueError(f"--model_args.{unknown[0]}: {name} has no such argument; it takes {', '.join(parameters)}")
-    for argument, value in overrides.items():
-        smallest = 0 if argument in MAY_BE_ZERO else 1
-        numbers = value if isinstance(value, list | tuple) else [value]
-        if any(type(number) is int and number < smallest for number in numbers):
-            raise ValueError(f"--model_args.{argument} {value}: must be at least {smallest}")
-        if any(type(number) is float and not 0 <= number < math.inf for number in numbers):
-            raise ValueError(f"--model_args.{argument} {value}: must lie in [0, inf)")
+    if backbone.__module__.startswith(("models.", "studies.")):
+        _check_numbers(overrides)
     height_width = (input_size, input_size) if isinstance(input_size, int) else input_size
     sizes = dict(zip(SIZES, (height_width, in_channels, out_channels, num_classes), strict=True))
     model = backbone(**{**sizes, **row, **overrides})
     for size in SIZES - vars(model).keys():
         setattr(model, size, sizes[size])
     return model
+
+
+def _check_numbers(arguments: Mapping[str, object]) -> None:
+    """Raise ValueError for the first number, alone or in a list, that no backbone of this project takes."""
+    for argument, value in arguments.items():
+        numbers = [n for n in (value if isinstance(value, list | tuple) else [value]) if isinstance(n, int | float)]
+        if not all(0 <= number < math.inf for number in numbers) or (argument in POSITIVE and 0 in numbers):
+            bounds = "positive" if argument in POSITIVE else "at least 0"
+            raise ValueError(f"--model_args.{argument} {value}: must be {bounds}, and finite")
 
 
 @dataclass(frozen=True)

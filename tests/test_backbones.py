@@ -251,6 +251,22 @@ def test_a_plain_module_is_given_what_it_lacks_of_the_contract(outside):
         outside.features(*inputs(), [1.0])
 
 
+class Numbers(Plain):
+    """A backbone whose numbers may have any sign."""
+
+    def __init__(self, *, input_size, in_channels, out_channels, num_classes, layer=-1, num_registers=4, shift=0.0):
+        super().__init__(
+            input_size=input_size, in_channels=in_channels, out_channels=out_channels, num_classes=num_classes
+        )
+        self.numbers = layer, num_registers, shift
+
+
+def test_numbers_of_a_backbone_from_outside_may_have_any_sign(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "Mine", (Numbers, {}))
+    model = create_model("Mine", **SIZES, layer=-2, num_registers=0, shift=-1.0)
+    assert model.numbers == (-2, 0, -1.0)
+
+
 class Extra(Plain):
     """A backbone with a second time."""
 
@@ -387,9 +403,11 @@ def test_constructors_take_no_kwargs():
         ("XSwin", {"depths": (1,)}, r"must be of one length"),
         ("XSwin", {"skip": "sum"}, r"skip=sum must be one of cross_attention, global_cross_attention, concat, none"),
         ("XSwin", {"conditioning": "none"}, r"conditioning=none leaves labels no place"),
-        ("XSwin", {"num_heads": (0, 12)}, r"--model_args.num_heads \(0, 12\): must be at least 1"),
-        ("XSwin", {"window_size": -2}, r"--model_args.window_size -2: must be at least 1"),
-        ("DiT-S/2", {"patch_size": 0}, r"--model_args.patch_size 0: must be at least 1"),
+        ("XSwin", {"num_heads": (0, 12)}, r"--model_args.num_heads \(0, 12\): must be positive"),
+        ("XSwin", {"window_size": -2}, r"--model_args.window_size -2: must be positive"),
+        ("XSwin", {"mlp_ratio": 0}, r"--model_args.mlp_ratio 0: must be positive"),
+        ("XSwin", {"num_global_blocks": -1}, r"--model_args.num_global_blocks -1: must be at least 0"),
+        ("DiT-S/2", {"patch_size": 0}, r"--model_args.patch_size 0: must be positive"),
         ("DiT-S/2", {"dim": 100}, r"num_heads=6 must divide the width 100"),
         ("UViT-tokens-S/2", {"depth": 12}, r"depth=12 must be odd"),
     ],
