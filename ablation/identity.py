@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
@@ -26,6 +27,7 @@ NO_EFFECT_ON_SCORES = ("evaluation/autoencoder_scores.py",)  # imported by evalu
 NO_EFFECT_ON_WEIGHTS = (  # imported by train.py, but only to observe the training
     "experiment/cli.py",
     "evaluation/",
+    "metrics/scores.py",
     *(f"training/{name}.py" for name in ("curves", "inspection", "interruption", "log", "meter")),
 )
 
@@ -205,7 +207,8 @@ def _read(source: str) -> tuple[list[str], str]:
 
 
 def _modules(node: ast.AST) -> Iterator[str]:
-    """Yield the modules imported below a node, also by `import_module`, but not under `if TYPE_CHECKING`."""
+    """Yield the modules imported below a node, also by `import_module` and as "module:function", but not under `if
+    TYPE_CHECKING`."""
     if isinstance(node, ast.If) and any(_name(part) == "TYPE_CHECKING" for part in ast.walk(node.test)):
         return
     if isinstance(node, ast.Import):
@@ -214,6 +217,8 @@ def _modules(node: ast.AST) -> Iterator[str]:
         yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
     if isinstance(node, ast.Call) and _name(node.func) == "import_module":
         yield from (str(name.value) for name in node.args if isinstance(name, ast.Constant))
+    if isinstance(node, ast.Constant) and (place := re.fullmatch(r"([\w.]+):\w+", str(node.value))):
+        yield place[1]
     for child in ast.iter_child_nodes(node):
         yield from _modules(child)
 

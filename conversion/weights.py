@@ -105,7 +105,7 @@ def find_named_backbone(name: str, arguments: dict[str, Any]) -> tuple[str, dict
 
     target = all_arguments(name, **arguments)
     for row, (family, _) in BACKBONES.items():
-        if family is BACKBONES[name][0] and all_arguments(row) == target:
+        if family == BACKBONES[name][0] and all_arguments(row) == target:
             return row, {}
     return name, arguments
 

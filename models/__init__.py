@@ -10,15 +10,16 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from models.rows import DIT, UNET, UVIT, XSWIN, Deferred, Row
+from models.variants import DIT, UNET, UVIT, XSWIN, Variant
 
 if TYPE_CHECKING:
     from models.backbone import Backbone
     from models.layers import Size
 
-BACKBONES: dict[str, Row] = {**XSWIN, **DIT, **UVIT, **UNET}
+BACKBONES: dict[str, Variant] = {**XSWIN, **DIT, **UVIT, **UNET}
 BACKBONES |= {family: BACKBONES[f"{family}-S/2"] for family in ("DiT", "UViT", "U-ViT", "UViT-tokens")}
 # Arguments of this project's backbones that must be positive; no number among the others may be negative.
 POSITIVE = {"dim", "time_dim", "channels", "middle_channels", "depth", "depths", "num_heads", "mlp_ratio"}
@@ -35,7 +36,7 @@ def check_model(name: str) -> None:
 
 def class_of(name: str) -> Any:
     backbone = BACKBONES[name][0]
-    return backbone.load() if isinstance(backbone, Deferred) else backbone
+    return resolve_name(backbone) if isinstance(backbone, str) else backbone
 
 
 def model_arguments(name: str, **overrides: object) -> dict[str, object]:

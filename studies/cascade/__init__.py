@@ -1,12 +1,10 @@
 """Cascade: three shallow stages in place of one deep model, which generate a small image, upsample it and refine it."""
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING, Annotated
 
 from diffusion.presets import DIFFUSIONS, gaussian
 from models import BACKBONES
-from models.rows import Deferred
 from settings import check_name
 
 if TYPE_CHECKING:
@@ -66,4 +64,4 @@ def cascade(
 
 
 DIFFUSIONS["cascade"] = cascade
-BACKBONES["Cascade"] = (Deferred(lambda: import_module("studies.cascade.three_stages").Cascade), {})
+BACKBONES["Cascade"] = ("studies.cascade.three_stages:Cascade", {})

@@ -1,25 +1,14 @@
 """The backbones' names: each maps to a class and the constructor arguments that differ from the class's own defaults.
 
-A class is imported, and torch with it, when it is called for, so that a misspelt name is refused at once.
+A class is given by its place, and imported, with torch, when it is called for: a misspelt name is refused at once.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
+Variant = tuple[Any, dict[str, Any]]  # a class, or its place as "module:class", and arguments
 
-@dataclass(frozen=True)
-class Deferred:
-    """A class that `load` imports."""
-
-    load: Callable[[], type]
-
-
-Row = tuple[Any, dict[str, Any]]  # a class, or a `Deferred` one, and arguments
-
-_XSWIN = Deferred(lambda: import_module("models.xswin").XSwin)
-XSWIN: dict[str, Row] = {
+_XSWIN = "models.xswin:XSwin"
+XSWIN: dict[str, Variant] = {
     "XSwin": (_XSWIN, {}),
     "USwin": (_XSWIN, {"skip": "concat"}),
     "XSwin-S": (_XSWIN, {"dim": 96, "num_heads": (3, 6), "num_global_blocks": 2}),
@@ -27,7 +16,7 @@ XSWIN: dict[str, Row] = {
     "XSwin-L": (_XSWIN, {"dim": 576, "depths": (4, 4), "num_heads": (18, 36), "num_global_blocks": 6}),
 }
 
-_DIT = Deferred(lambda: import_module("models.dit").DiT)
+_DIT = "models.dit:DiT"
 _DIT_SIZES = {
     "S": {"dim": 384, "depth": 12, "num_heads": 6},
     "B": {"dim": 768, "depth": 12, "num_heads": 12},
@@ -39,14 +28,14 @@ _DIT_FAMILIES = {  # arguments that differ from the defaults, and patch sizes
     "UViT": ({"long_skips": True}, (2, 4, 8)),
     "LightningDiT": ({"norm": "rms", "mlp": "swiglu", "positions": "both"}, (1, 2)),  # Yao et al. 2025
 }
-DIT: dict[str, Row] = {
+DIT: dict[str, Variant] = {
     f"{family}-{size}/{patch_size}": (_DIT, {**row, **arguments, "patch_size": patch_size})
     for family, (arguments, patch_sizes) in _DIT_FAMILIES.items()
     for size, row in _DIT_SIZES.items()
     for patch_size in patch_sizes
 }
 
-_UVIT = Deferred(lambda: import_module("models.uvit").UViTTokens)
+_UVIT = "models.uvit:UViTTokens"
 _UVIT_SIZES = {  # Bao et al. 2023, table 1, which counts the middle block too
     "S": {"dim": 512, "depth": 13, "num_heads": 8},
     "M": {"dim": 768, "depth": 17, "num_heads": 12},
@@ -57,7 +46,7 @@ _UVIT_FAMILIES = {  # sizes, and patch sizes
     "U-ViT": (_UVIT_SIZES, (2, 4)),
     "UViT-tokens": ({size: {**row, "depth": row["depth"] + 1} for size, row in _DIT_SIZES.items()}, (2, 4, 8)),
 }
-UVIT: dict[str, Row] = {
+UVIT: dict[str, Variant] = {
     f"{family}-{size}/{patch_size}": (_UVIT, {**row, "patch_size": patch_size})
     for family, (sizes, patch_sizes) in _UVIT_FAMILIES.items()
     for size, row in sizes.items()
@@ -72,7 +61,7 @@ _ANIME = {"channels": (32, 64, 128, 256, 512), "middle_channels": (512, 256)}
 _GIGA = {"channels": (128, 256, 256, 512), "middle_channels": (512, 256), "dropout": 0.1}
 _CIFAR10 = {"channels": (64, 64, 128, 256), "middle_channels": (512,), "num_heads": 8, "stem_size": 7}
 _MNIST = {"channels": (64, 64, 128, 256), "middle_channels": (256,)}
-_UNET = Deferred(lambda: import_module("models.unet").UNet)
+_UNET = "models.unet:UNet"
 _UNETS = {
     "UNet-Mini": {},
     "UNet-Simple": {**_ANIME, "down": ("AAA",) * 4, "middle": ("AA", "AA"), "up": ("AAA",) * 4},
@@ -86,4 +75,4 @@ _UNETS = {
     # Class-conditional MNIST at 28x28, small enough for two CPU cores; attention at 7x7 and 4x4.
     "UNet-MNIST": {**_MNIST, "down": ("R", "R", "A"), "middle": ("A",), "up": ("A", "R", "R")},
 }
-UNET: dict[str, Row] = {name: (_UNET, arguments) for name, arguments in _UNETS.items()}
+UNET: dict[str, Variant] = {name: (_UNET, arguments) for name, arguments in _UNETS.items()}
