@@ -80,6 +80,12 @@ class PlannedRun:
         chosen = "all" if num == self.num_held_out else f"{num}, by class: {bool(self.classes)}"
         return {"images": {name: images[name] for name in names}, "num_validation": chosen}
 
+    def current_keys(self) -> dict[str, str]:
+        """Keys of all stages by what the files that its settings name hold now, see `ablation.identity.stage_keys`."""
+        scoring = asdict(self.ablation.scoring)
+        scoring |= {"baselines": scoring["baselines"] and self.scores_baselines}
+        return stage_keys(self.run.config, scoring, asdict(self.ablation.pictures))
+
 
 def make_plan(
     ablation: AblationConfig,
@@ -129,14 +135,14 @@ def plan_run(run: Run, ablation: AblationConfig, measurements: Measurements, *, 
         sampling = resolve_sampling(config.sampling, diffusion, num_guided, say=warnings.append)
         check_metrics(config.evaluation.metrics)
         resolve_classes(list(ablation.pictures.classes), images.classes)
-    scoring = {**asdict(ablation.scoring), "baselines": ablation.scoring.baselines and scores_baselines}
-    keys = stage_keys(config, scoring, asdict(ablation.pictures))
-    if not ablation.pictures.num_per_class or run.seed != (ablation.grid.get("seed") or [run.seed])[0]:
-        del keys["draw"]  # the report shows samples of each variant's first seed
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()}
     data = list(images.classes), num_training_steps(config.train, len(images)), len(held_out), identity
     named = tuple(f"variant {run.variant}: {warning}" for warning in warnings)
-    return PlannedRun(run, ablation, spec, sampling, *data, cost, run.folder, scores_baselines, keys, warnings=named)
+    planned = PlannedRun(run, ablation, spec, sampling, *data, cost, run.folder, scores_baselines, warnings=named)
+    keys = planned.current_keys()
+    if not ablation.pictures.num_per_class or run.seed != (ablation.grid.get("seed") or [run.seed])[0]:
+        del keys["draw"]  # the report shows samples of each variant's first seed
+    return replace(planned, keys=keys)
 
 
 def match_costs(plan: list[PlannedRun], measurements: Measurements) -> list[PlannedRun]:

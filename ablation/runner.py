@@ -149,6 +149,9 @@ class Runner:
         folder, name = planned.run.folder, planned.run.name
         if code_hash(stage, afresh=True) != self.code[stage]:
             raise ValueError(f"{stage}: the code has changed since it was planned; the same command plans anew")
+        if not planned.current_keys()[stage].startswith(planned.keys[stage].partition("-")[0]):
+            remedy = "the same command plans anew; of a training that goes on name a checkpoint, not the run"
+            raise ValueError(f"{stage}: files that its settings name have changed since it was planned; {remedy}")
         if stage == "train":
             if "began" not in done_stages(folder):  # the results there were made from another run's weights
                 (folder / "stages.json").unlink(missing_ok=True)

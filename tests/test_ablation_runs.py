@@ -211,6 +211,18 @@ def test_a_failed_variant_does_not_affect_others_and_is_retried(scripted):
     assert found["a"] == ("done", "before")
 
 
+def test_a_stage_whose_files_were_replaced_since_the_plan_does_not_run(scripted):
+    """Variants would begin from other weights, or be measured by another extractor, under one plan."""
+    plan = plan_of({"a": {}, "b": {"evaluation.extractor": "other.pt"}})
+    Path("colors.pt").write_text("trained anew")
+    found = execute(plan)
+    assert found["b"] == ("done", "")
+    assert found["a"][0] == "failed"
+    assert found["a"][1].startswith("score: files that its settings name have changed since it was planned; ")
+    assert "score a" not in calls()
+    assert execute(plan_of({"a": {}}))["a"] == ("done", "")
+
+
 @pytest.fixture
 def cores():
     """All cores of the machine, where a worker of pytest is pinned to one."""
