@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from autoencoders.codec import EMBEDDED, LatentCodec, weights_sha256
 from data.subsets import stratified
-from evaluation.record import provenance, table, write_json
+from evaluation.record import provenance, remove_unfinished, table, unfinished_path, write_json, write_unfinished
 from evaluation.scoring import Reference, Row, Scorer, open_scorer, summarise
 from evaluation.sources import Source, from_dataset, reconstructions
 from evaluation.table import number
@@ -180,10 +180,12 @@ def measure_autoencoders(
     held_out = open_split(data, "test", accelerator)
     images = from_dataset(held_out, "held-out images", evaluation.num_samples, evaluation.seed)
 
-    rows, measured = [], {}
+    unfinished, rows, measured = unfinished_path(path, repr((names, data, evaluation, perceptual))), [], {}
     for codec in codecs:
         row, measured[codec.source] = score_reconstructions(codec, images, distance, scorer, reference)
         rows.append(row)
+        if accelerator.is_main_process:  # or hours of measuring are lost with an error of the next one
+            write_unfinished(provenance(rows, reference, scorer), unfinished)
     # For metrics that compare with labels, the score of the original images is the ceiling.
     if label_metrics := [name for name in untaught(evaluation.metrics) if METRICS[name].needs == "labelled"]:
         scores, _ = scorer.score(images, reference, label_metrics)
@@ -204,6 +206,7 @@ def measure_autoencoders(
     }
     with taking_turns(path.parent), keeping(pictures):  # those of an earlier record
         write_json(record, path)
+        remove_unfinished(record, path)
         draw_reconstructions(images, codecs, accelerator.device, pictures[0])
         draw_spectra(frequencies, powers, pictures[1])
     lines = [

@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from unittest.mock import Mock
@@ -14,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from processes import run, script
+from safetensors.torch import load_file, save_file
 from scoring import score
 from small_autoencoders import create, write
 
@@ -87,7 +90,7 @@ def test_measurements_with_one_output_write_their_files_in_turns(measured, monke
         done = threads.submit(EVALUATE.main, settings("turns/one.json"))
         while not arrived.wait(0.1):
             assert not done.done()
-        assert not [*Path("turns").iterdir()]
+        assert not [path for path in Path("turns").iterdir() if "unfinished" not in path.name]
     done.result()
     written = {"one.json", "one-reconstructions.png", "one-spectrum.png"}
     assert {path.name for path in Path("turns").iterdir()} == written
@@ -98,6 +101,19 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(me
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(ValueError, match=r"--output tiny/autoencoder\.json: nothing can be written in "):
         EVALUATE.main(settings(None))
+
+
+def test_measurements_are_kept_when_those_of_the_next_autoencoder_fail(measured, monkeypatch):
+    monkeypatch.chdir(measured[0])
+    (weights,) = Path(shutil.copytree("tiny", "ruined")).glob("*.safetensors")
+    save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match="not finite"):
+        EVALUATE.main(replace(settings("kept/ruined.json"), autoencoder="tiny,ruined"))
+    (kept,) = Path("kept").iterdir()
+    assert kept.name.startswith("ruined.json.unfinished-")
+    assert [row["name"] for row in json.loads(kept.read_text())["rows"]] == ["tiny"]
+    EVALUATE.main(settings("kept/ruined.json"))
+    assert not [*Path("kept").glob("*unfinished*")]
 
 
 @pytest.mark.parametrize(("row", "name"), [(0, "embedded"), (1, "tiny")])
