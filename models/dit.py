@@ -13,10 +13,6 @@ from models.layers.modulation import Offset, modulate
 from models.layers.patch import check_input_size, patchify, unpatchify
 from models.layers.style import BlockStyle, DropPath, rising_drop_rates
 
-# The six modulation vectors come from a layer that all blocks share, followed by one in each block: nothing and a
-# linear layer (adaLN-zero), or a linear layer and a learned offset (adaLN-single, Chen et al. 2023).
-MODULATIONS = {"block": (nn.Identity, nn.Linear), "shared": (nn.Linear, Offset)}
-
 
 class DiTBlock(nn.Module):
     """Attention and MLP with adaLN-zero: the conditioning sets shift, scale and gate of each, all zero at first."""
@@ -36,7 +32,7 @@ class DiTBlock(nn.Module):
         self.attention = SelfAttention(dim, num_heads, qk_norm=style.qk_norm, rotary=style.rotary)
         self.norm2 = style.make_norm(dim, eps=1e-6, affine=False)
         self.mlp = style.make_mlp(dim, int(dim * mlp_ratio), nn.GELU("tanh"))
-        self.modulation = MODULATIONS[modulation][1](dim, 6 * dim)
+        self.modulation = Offset(6 * dim) if modulation == "shared" else nn.Linear(dim, 6 * dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tokens, cond: Cond) -> Tokens:
@@ -69,7 +65,7 @@ class DiT(Backbone):
         positions: `absolute` (published: fixed sin-cos embeddings added to the patches), `rotary` (applied to queries
             and keys), or `both`.
         modulation: `block` (published: a linear layer in each block) or `shared` (one linear layer for all blocks and
-            an offset in each, which saves a third of the parameters).
+            an offset in each, which saves a third of the parameters: adaLN-single, Chen et al. 2023).
         drop_path: stochastic depth rate of the last block; rates rise linearly from 0 (published: none).
     """
 
@@ -97,7 +93,7 @@ class DiT(Backbone):
         guidance_input: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("modulation", modulation, MODULATIONS)
+        check_choice("modulation", modulation, ("block", "shared"))
         self.input_size = check_input_size(input_size, patch_size)
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
         self.patch_size = patch_size
@@ -111,7 +107,7 @@ class DiT(Backbone):
         self.register_buffer("positions", absolute, persistent=False)
         rotary = make_rotary(positions, dim // num_heads, self.grid)
         style = BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp, rotary=rotary)
-        self.modulation = MODULATIONS[modulation][0](dim, 6 * dim)
+        self.modulation = nn.Linear(dim, 6 * dim) if modulation == "shared" else nn.Identity()
         self.blocks = nn.ModuleList(
             DiTBlock(dim, num_heads, style, mlp_ratio=mlp_ratio, modulation=modulation, drop_path=rate)
             for rate in rising_drop_rates(drop_path, depth)

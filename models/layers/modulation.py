@@ -56,7 +56,7 @@ class Modulator(nn.Module):
 class Offset(nn.Module):
     """A learned offset that a block adds to a modulation shared by all blocks (adaLN-single, Chen et al. 2023)."""
 
-    def __init__(self, cond_dim: int, dim: int) -> None:
+    def __init__(self, dim: int) -> None:
         super().__init__()
         self.offset = nn.Parameter(torch.zeros(dim))
 
