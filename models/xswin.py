@@ -15,7 +15,7 @@ from models.layers import Changes, Cond, Grid, Images, Labels, Output, Scales, T
 from models.layers.attention import SelfAttention
 from models.layers.embedding import AddedEmbedding, Conditioning, NoConditioning, sincos_2d
 from models.layers.initialisation import initialise_linears_, zero_
-from models.layers.modulation import INJECTIONS, Gate, Injection, Modulator, PassThrough
+from models.layers.modulation import CONDITIONINGS, ConditioningLayers, Gate, Modulator, PassThrough
 from models.layers.patch import CONV_NORMS, STEMS, PatchExpanding, PatchMerging, check_input_size, modulate_image
 from models.layers.style import BlockStyle, DropPath, rising_drop_rates
 from models.layers.window import SKIPS, Precomputation, Precomputed, WindowAttention
@@ -29,7 +29,7 @@ class SwinBlock(nn.Module):
         dim: int,
         num_heads: int,
         *,
-        injection: Injection,
+        cond_layers: ConditioningLayers,
         style: BlockStyle,
         window_size: int,
         shifted: bool,
@@ -38,8 +38,8 @@ class SwinBlock(nn.Module):
         drop_path: float,
     ) -> None:
         super().__init__()
-        self.token = injection.token(dim)
-        self.modulator1 = injection.modulator(dim)
+        self.token = cond_layers.token(dim)
+        self.modulator1 = cond_layers.modulator(dim)
         self.attention = WindowAttention(
             dim,
             num_heads,
@@ -49,11 +49,11 @@ class SwinBlock(nn.Module):
             qk_norm=style.qk_norm,
         )
         self.norm1 = style.make_norm(dim)
-        self.gate1 = injection.gate(dim)
-        self.modulator2 = injection.modulator(dim)
+        self.gate1 = cond_layers.gate(dim)
+        self.modulator2 = cond_layers.modulator(dim)
         self.mlp = style.make_mlp(dim, int(dim * mlp_ratio))
         self.norm2 = style.make_norm(dim)
-        self.gate2 = injection.gate(dim)
+        self.gate2 = cond_layers.gate(dim)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Grid, cond: Cond, precomputed: Precomputed | None = None) -> Grid:
@@ -66,17 +66,19 @@ class SwinBlock(nn.Module):
 class GlobalBlock(nn.Module):
     """ViT block: global attention and MLP, each with modulation and a norm before it (pre-norm)."""
 
-    def __init__(self, dim: int, num_heads: int, *, injection: Injection, style: BlockStyle, mlp_ratio: float) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, cond_layers: ConditioningLayers, style: BlockStyle, mlp_ratio: float
+    ) -> None:
         super().__init__()
-        self.token = injection.token(dim)
-        self.modulator1 = injection.modulator(dim)
+        self.token = cond_layers.token(dim)
+        self.modulator1 = cond_layers.modulator(dim)
         self.norm1 = style.make_norm(dim, eps=1e-6)
         self.attention = SelfAttention(dim, num_heads, qk_norm=style.qk_norm)
-        self.gate1 = injection.gate(dim)
-        self.modulator2 = injection.modulator(dim)
+        self.gate1 = cond_layers.gate(dim)
+        self.modulator2 = cond_layers.modulator(dim)
         self.norm2 = style.make_norm(dim, eps=1e-6)
         self.mlp = style.make_mlp(dim, int(dim * mlp_ratio))
-        self.gate2 = injection.gate(dim)
+        self.gate2 = cond_layers.gate(dim)
 
     def forward(self, x: Tokens, cond: Cond) -> Tokens:
         branch = self.attention(self.norm1(self.modulator1(x, cond)), self.token(cond))
@@ -110,11 +112,11 @@ class DecoderStage(nn.Module):
         *,
         joint_width: int,
         width: int,
-        injection: Injection,
+        cond_layers: ConditioningLayers,
     ) -> None:
         super().__init__()
         self.skip, self.wide = skip, wide
-        self.modulator = injection.modulator(joint_width)
+        self.modulator = cond_layers.modulator(joint_width)
         self.halve = nn.Linear(joint_width, width)
         self.blocks = nn.ModuleList(blocks)
 
@@ -195,15 +197,15 @@ class XSwin(Backbone):
         check_choice("skip", skip, SKIPS)
         check_choice("stem", stem, STEMS)
         check_choice("conv_norm", conv_norm, CONV_NORMS)
-        check_choice("conditioning", conditioning, INJECTIONS)
+        check_choice("conditioning", conditioning, CONDITIONINGS)
         inputs = {"second_time": second_time, "augment_dim": augment_dim, "guidance_input": guidance_input}
         if conditioning == "none":
             check_unconditional(num_classes, **inputs)
         self.in_channels, self.out_channels, self.num_classes = in_channels, out_channels, num_classes
 
-        self.injection = injection = Injection(conditioning, dim)
+        self.cond_layers = cond_layers = ConditioningLayers(conditioning, dim)
         style = BlockStyle(qk_norm=qk_norm, norm=norm, mlp=mlp)
-        shared = {"injection": injection, "style": style, "mlp_ratio": mlp_ratio}
+        shared = {"cond_layers": cond_layers, "style": style, "mlp_ratio": mlp_ratio}
         swin_block = partial(SwinBlock, window_size=window_size, neighbourhood=neighbourhood, **shared)
 
         def make_blocks(width: int, heads: int, rates: Sequence[float], first: int = 0) -> list[SwinBlock]:
@@ -221,8 +223,8 @@ class XSwin(Backbone):
             self.cond = NoConditioning()
         else:
             self.cond = Conditioning(num_classes, dim, **inputs)
-        self.stem_in = STEMS[stem](in_channels, dim, injection, conv_norm)
-        self.patch_modulator = injection.modulator(self.stem_in.out_channels)
+        self.stem_in = STEMS[stem](in_channels, dim, cond_layers, conv_norm)
+        self.patch_modulator = cond_layers.modulator(self.stem_in.out_channels)
         self.patch = nn.Conv2d(self.stem_in.out_channels, dim, patch_size, stride=patch_size)
         self.patch_norm = style.make_norm(dim)
 
@@ -230,7 +232,7 @@ class XSwin(Backbone):
         self.encoder, self.merges = nn.ModuleList(), nn.ModuleList()
         for level, width in enumerate(widths):
             self.encoder.append(EncoderStage(make_blocks(width, num_heads[level], rates_of_stages[level])))
-            self.merges.append(PatchMerging(width, injection, style) if merged[level] else PassThrough())
+            self.merges.append(PatchMerging(width, cond_layers, style) if merged[level] else PassThrough())
 
         # Bottleneck.
         factor, middle_dim = patch_size * 2 ** sum(merged), widths[-1] * (2 if final_downsample else 1)
@@ -243,20 +245,22 @@ class XSwin(Backbone):
         self.expands, self.decoder = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(num_stages)):
             width, heads, stage_rates = widths[level], num_heads[level], rates_of_stages[-1 - level]
-            self.expands.append(PatchExpanding(2 * width, injection, style) if merged[level] else PassThrough())
-            skip_layer = SKIPS[skip](width, heads, injection, style, window_size)
+            self.expands.append(PatchExpanding(2 * width, cond_layers, style) if merged[level] else PassThrough())
+            skip_layer = SKIPS[skip](width, heads, cond_layers, style, window_size)
             joint_width = width + skip_layer.dim
             wide = make_blocks(joint_width, heads * joint_width // width, stage_rates[:1])[0] if wide_decoder else None
             blocks = make_blocks(width, heads, stage_rates, first=int(wide_decoder))
-            stage = DecoderStage(skip_layer, wide, blocks, joint_width=joint_width, width=width, injection=injection)
+            stage = DecoderStage(
+                skip_layer, wide, blocks, joint_width=joint_width, width=width, cond_layers=cond_layers
+            )
             self.decoder.append(stage)
 
         # Patches to pixels, stem, head.
-        self.unpatch_modulator = injection.modulator(dim)
+        self.unpatch_modulator = cond_layers.modulator(dim)
         self.unpatch = nn.ConvTranspose2d(dim, dim, patch_size, stride=patch_size)
         self.unpatch_norm = CONV_NORMS[conv_norm](dim)
-        self.stem_out = STEMS[stem](dim + self.stem_in.out_channels, dim, injection, conv_norm)
-        self.head_modulator = injection.modulator(self.stem_out.out_channels)
+        self.stem_out = STEMS[stem](dim + self.stem_in.out_channels, dim, cond_layers, conv_norm)
+        self.head_modulator = cond_layers.modulator(self.stem_out.out_channels)
         self.head = nn.Conv2d(self.stem_out.out_channels, out_channels, 1)
         self.precompute = Precomputation([m.attention for m in self.modules() if isinstance(m, SwinBlock)])
         self._initialise()
@@ -278,7 +282,7 @@ class XSwin(Backbone):
     def forward(
         self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None, g: Scales = None
     ) -> Output:
-        cond = self.injection(self.cond(t, y, r, augment, g))
+        cond = self.cond_layers(self.cond(t, y, r, augment, g))
         precomputed = self.precompute(x_t)
 
         # Convolutional stem (if any), patch embedding.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from models import create_model
-from models.layers.modulation import Injection
+from models.layers.modulation import ConditioningLayers
 from models.layers.style import BlockStyle
 from models.layers.window import Neighbourhoods, WindowAttention, WindowCrossAttention, Windows
 from models.xswin import SwinBlock
@@ -97,7 +97,11 @@ def test_a_block_of_neighbourhoods_sees_around_each_token_and_one_of_windows_ins
     reach: dict[int | None, set] = {}
     for neighbourhood in (None, 3):
         args: dict = {"window_size": 2, "shifted": False, "mlp_ratio": 2.0, "drop_path": 0.0}
-        kinds: dict = {"injection": Injection("none", 16), "style": BlockStyle(), "neighbourhood": neighbourhood}
+        kinds: dict = {
+            "cond_layers": ConditioningLayers("none", 16),
+            "style": BlockStyle(),
+            "neighbourhood": neighbourhood,
+        }
         block, grid = SwinBlock(16, 2, **args, **kinds), torch.randn(1, 8, 8, 16, requires_grad=True)
         block(grid, torch.zeros(1, 16))[0, 3, 3, 0].backward()
         assert grid.grad is not None

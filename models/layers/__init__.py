@@ -6,16 +6,24 @@ its SiLU, so layers apply none.
 """
 
 from collections.abc import Collection
+from typing import NamedTuple
 
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
+
+
+class FusedOutputs(NamedTuple):
+    """The outputs of all of a network's linear layers of the conditioning, in the place of the conditioning itself."""
+
+    outputs: Float[Tensor, "b outputs"]
+
 
 Size = int | tuple[int, int]  # one side, or height and width
 Images = Float[Tensor, "b c h w"]
 Output = Float[Tensor, "b c_out h w"]
 Grid = Float[Tensor, "b h w d"]
 Tokens = Float[Tensor, "b n d"]
-Cond = Float[Tensor, "b cond"]
+Cond = Float[Tensor, "b cond"] | FusedOutputs
 Times = Shaped[Tensor, " b"]
 Labels = Int64[Tensor, " b"]
 Scales = Float[Tensor, " b"] | None  # of the guidance that each output is to have; None: 1

@@ -2,7 +2,7 @@
 
 Where operations are small, a GPU spends its time on kernel launches and a CPU on arithmetic. On the device types in
 `AT_ONCE`, several windows share a tile (`window.Windows`), one kernel normalises queries and keys (`window.cosine`),
-one matrix product computes the modulation of all layers (`modulation.Injection`), and the position biases and
+one matrix product computes the modulation of all layers (`modulation.ConditioningLayers`), and the position biases and
 temperatures of all attentions are computed together (`window.Precomputation`). Results are the same on all
 devices, to rounding. `Casting` batches the casts that autocast makes of a block's weights.
 """

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from models.layers import Cond
+from models.layers import Cond, FusedOutputs
 from models.layers.initialisation import zero_
 from models.layers.launches import Uncast, at_once
 
@@ -23,22 +23,20 @@ def _broadcast(values: Float[Tensor, "b d"], x: Features) -> Tensor:
 
 
 class CondLinear(nn.Linear, Uncast):
-    """A linear layer of the conditioning, plus a constant `base` that is its output while its weights are zero.
-
-    Where `Injection` has computed these layers for the whole network, `cond` holds the outputs of all of them, and this
-    one only takes its slice.
-    """
+    """A linear layer of the conditioning, plus a constant `base` that is its output while its weights are zero. Where
+    `ConditioningLayers` has computed these layers for the whole network, it only takes its slice."""
 
     base: Float[Tensor, " e"]
-    output_slice: slice  # of the outputs that `Injection` computes
+    output_slice: slice  # of `FusedOutputs`
 
     def __init__(self, cond_dim: int, *base: Float[Tensor, " d"]) -> None:
         super().__init__(cond_dim, sum(map(len, base)))
         self.register_buffer("base", torch.cat(base), persistent=False)
 
     def forward(self, cond: Cond) -> Float[Tensor, "b e"]:
-        is_computed = cond.shape[-1] != self.in_features
-        return cond[:, self.output_slice] if is_computed else super().forward(cond) + self.base
+        if isinstance(cond, FusedOutputs):
+            return cond.outputs[:, self.output_slice]
+        return super().forward(cond) + self.base
 
 
 class Modulator(nn.Module):
@@ -96,11 +94,11 @@ class PassThrough(nn.Identity):
 class NoToken(nn.Identity):
     """Returns None in the place of a conditioning token."""
 
-    def forward(self, cond: Tensor) -> None:
+    def forward(self, cond: Cond) -> None:
         return None
 
 
-class Injection(nn.Module):
+class ConditioningLayers(nn.Module):
     """Makes the modules by which the conditioning enters a network.
 
     `modulator(dim)` goes before a layer and `gate(dim)` after a residual branch, both `(x, cond) -> x`; `token(dim)` is
@@ -113,18 +111,19 @@ class Injection(nn.Module):
 
     def __init__(self, kind: str, cond_dim: int) -> None:
         super().__init__()
-        self.cond_dim, self.makers = cond_dim, INJECTIONS[kind]
+        self.cond_dim = cond_dim
+        self.make_modulator, self.make_gate, self.make_token = CONDITIONINGS[kind]
         self.parts: list[Modulator | Gate | CondToken] = []  # a list, since they are submodules of the network
         self.width = 0
 
     def modulator(self, dim: int) -> nn.Module:
-        return self._register(self.makers[0](self.cond_dim, dim))
+        return self._register(self.make_modulator(self.cond_dim, dim))
 
     def gate(self, dim: int) -> nn.Module:
-        return self._register(self.makers[1](self.cond_dim, dim))
+        return self._register(self.make_gate(self.cond_dim, dim))
 
     def token(self, dim: int) -> nn.Module:
-        return self._register(self.makers[2](self.cond_dim, dim))
+        return self._register(self.make_token(self.cond_dim, dim))
 
     def _register(self, part: nn.Module) -> nn.Module:
         if isinstance(part, Modulator | Gate | CondToken):
@@ -133,7 +132,7 @@ class Injection(nn.Module):
             self.parts.append(part)
         return part
 
-    def forward(self, cond: Cond) -> Float[Tensor, "b outputs"]:
+    def forward(self, cond: Float[Tensor, "b cond"]) -> Cond:
         linears = [part.linear for part in self.parts]
         if not at_once(cond) or not linears or not all(isinstance(linear, CondLinear) for linear in linears):
             return cond
@@ -145,10 +144,10 @@ class Injection(nn.Module):
         weight, bias, base = (
             torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias", "base")
         )
-        return F.linear(cond, weight, bias) + base
+        return FusedOutputs(F.linear(cond, weight, bias) + base)
 
 
-INJECTIONS = {
+CONDITIONINGS = {  # modulator, gate and token
     "adaln": (Modulator, PassThrough, NoToken),
     "adaln_zero": (Modulator, Gate, NoToken),
     "tokens": (PassThrough, PassThrough, CondToken),

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.layers import Cond, Grid, Images
-from models.layers.modulation import Injection, PassThrough
+from models.layers.modulation import ConditioningLayers, PassThrough
 from models.layers.style import BlockStyle
 
 
@@ -33,9 +33,9 @@ class PatchMerging(nn.Module):
     """Halves the grid and doubles the width: concatenates 2x2 neighbours, then a linear layer and a norm (Swin V2). Odd
     sides are padded."""
 
-    def __init__(self, dim: int, injection: Injection, style: BlockStyle) -> None:
+    def __init__(self, dim: int, cond_layers: ConditioningLayers, style: BlockStyle) -> None:
         super().__init__()
-        self.modulator = injection.modulator(dim)
+        self.modulator = cond_layers.modulator(dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = style.make_norm(2 * dim)
 
@@ -49,9 +49,9 @@ class PatchMerging(nn.Module):
 class PatchExpanding(nn.Module):
     """Doubles the grid and halves the width: a linear layer, a norm and a pixel shuffle, cropped to `size`."""
 
-    def __init__(self, dim: int, injection: Injection, style: BlockStyle) -> None:
+    def __init__(self, dim: int, cond_layers: ConditioningLayers, style: BlockStyle) -> None:
         super().__init__()
-        self.modulator = injection.modulator(dim)
+        self.modulator = cond_layers.modulator(dim)
         self.expansion = nn.Linear(dim, 2 * dim, bias=False)
         self.norm = style.make_norm(2 * dim)
 
@@ -64,11 +64,11 @@ class PatchExpanding(nn.Module):
 class ConvStem(nn.Module):
     """Three modulated 3x3 convolutions, each followed by a norm and a leaky ReLU."""
 
-    def __init__(self, in_channels: int, dim: int, injection: Injection, norm: str) -> None:
+    def __init__(self, in_channels: int, dim: int, cond_layers: ConditioningLayers, norm: str) -> None:
         super().__init__()
         self.out_channels = dim
         widths = [in_channels, dim, dim]
-        self.modulators = nn.ModuleList(map(injection.modulator, widths))
+        self.modulators = nn.ModuleList(map(cond_layers.modulator, widths))
         self.convs = nn.ModuleList(nn.Conv2d(width, dim, 3, padding=1) for width in widths)
         self.norms = nn.ModuleList(CONV_NORMS[norm](dim) for _ in widths)
         self.activation = nn.LeakyReLU()

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from models.layers import Cond, Grid
 from models.layers.attention import CrossAttention, attend, check_heads, make_qk_norms
 from models.layers.launches import Uncast, at_once, autocast_dtype, without_autocast
-from models.layers.modulation import Injection
+from models.layers.modulation import ConditioningLayers
 from models.layers.style import BlockStyle
 
 TILE = 8  # side, in tokens, of the tiles in which windows are batched where launches count
@@ -253,7 +253,7 @@ class Precomputation(nn.Module):
     launches (see `launches`). The attentions have one window size.
 
     Called with the network's input, it returns a `Precomputed` for each attention. Elsewhere, under LoRA and under FSDP
-    (see `modulation.Injection`) it returns none, and each attention computes its own.
+    (see `modulation.ConditioningLayers`) it returns none, and each attention computes its own.
     """
 
     owners: Float[Tensor, "k attentions"]  # 1 where a head, numbered through all attentions, belongs to an attention
@@ -324,12 +324,12 @@ class CrossAttentionSkip(nn.Module):
     """XSwin's skip: cross-attention from the decoder's tokens to the encoder's, followed by a norm."""
 
     def __init__(
-        self, dim: int, num_heads: int, injection: Injection, style: BlockStyle, window_size: int | None
+        self, dim: int, num_heads: int, cond_layers: ConditioningLayers, style: BlockStyle, window_size: int | None
     ) -> None:
         super().__init__()
         self.dim = dim
-        self.modulator_x = injection.modulator(dim)
-        self.modulator_skip = injection.modulator(dim)
+        self.modulator_x = cond_layers.modulator(dim)
+        self.modulator_skip = cond_layers.modulator(dim)
         self.attention = WindowCrossAttention(dim, num_heads, window_size, qk_norm=style.qk_norm)
         self.norm = style.make_norm(dim)
 
@@ -348,10 +348,10 @@ class ConcatSkip(nn.Module):
         return skip[..., : self.dim]
 
 
-SKIPS: dict[str, Callable[[int, int, Injection, BlockStyle, int], nn.Module]] = {
+SKIPS: dict[str, Callable[[int, int, ConditioningLayers, BlockStyle, int], nn.Module]] = {
     "cross_attention": CrossAttentionSkip,
-    "global_cross_attention": lambda dim, heads, injection, style, _: CrossAttentionSkip(
-        dim, heads, injection, style, window_size=None
+    "global_cross_attention": lambda dim, heads, cond_layers, style, _: CrossAttentionSkip(
+        dim, heads, cond_layers, style, window_size=None
     ),
     "concat": ConcatSkip,
     "none": lambda *_: ConcatSkip(0),
