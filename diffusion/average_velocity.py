@@ -64,10 +64,10 @@ class AverageVelocity(Diffusion, ABC):
 
     @abstractmethod
     def average_velocity(
-        self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, index: Int64[Tensor, " n"], **told: Tensor
+        self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, index: Int64[Tensor, " n"], **inputs: Tensor
     ) -> Images:
         """Return the training target: the average velocity from t to r for samples at `index`, the velocity `v` for
-        others. The model is also told `y`, `r` and further inputs, with a row for each sample."""
+        others. The model's `inputs` are `y`, `r` and others, with a row for each sample."""
 
     def precondition(self, model: Denoiser) -> Denoiser:
         """Wrap the model as a function of the path's `x_t`, `t` and `r`; `r` is `t` by default."""
@@ -204,13 +204,13 @@ class MeanFlow(AverageVelocity):
 
     @torch.no_grad()
     def average_velocity(
-        self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, index: Int64[Tensor, " n"], **told: Tensor
+        self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, index: Int64[Tensor, " n"], **inputs: Tensor
     ) -> Images:
         """Return `v - (t - r) du/dt` for samples at `index`, and `v` for others."""
         u, x, end = self.velocity_of(model), x_t[index], t[index]
-        others = {name: values[index] for name, values in told.items()}
+        others = {name: values[index] for name, values in inputs.items()}
         with eval_mode(model) if self.difference else differentiable_forward(model):
-            v = self.guided(model, x_t, t, v, **told)
+            v = self.guided(model, x_t, t, v, **inputs)
             tangent = v[index]
             if self.tangent == "model":
                 tangent = u(x, end, **{**others, "r": end}).to(x.dtype)  # the model has learned the guided velocity
@@ -231,14 +231,14 @@ class MeanFlow(AverageVelocity):
         u_before, u_after = u(x_ends, t_ends, **doubled).to(x.dtype).chunk(2)
         return (u_after - u_before) / broadcast((after - before).clamp(min=1e-12))
 
-    def guided(self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, *, y: Labels, **told: Tensor) -> Images:
+    def guided(self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, *, y: Labels, **inputs: Tensor) -> Images:
         """Return the guided velocity of samples with a label, and `v` for those with the null label."""
         if not self.guidance_settings:
             return v
         null_label = num_classes_of(model)
-        both = with_and_without_label(self.velocity_of(model), null_label, x_t, t, y, **{**told, "r": t})
+        both = with_and_without_label(self.velocity_of(model), null_label, x_t, t, y, **{**inputs, "r": t})
         labelled, unlabelled = (u.to(x_t.dtype) for u in both)
-        kappa = broadcast(1 - 1 / told["g"]) if "g" in told else self.kappa
+        kappa = broadcast(1 - 1 / inputs["g"]) if "g" in inputs else self.kappa
         guided = self.omega * v + kappa * labelled + (1 - self.omega - kappa) * unlabelled
         return torch.where(broadcast(y == null_label), v, guided)
 
@@ -304,16 +304,16 @@ class Shortcut(AverageVelocity):
 
     @torch.no_grad()
     def average_velocity(
-        self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, index: Int64[Tensor, " n"], **told: Tensor
+        self, model: Denoiser, x_t: Images, t: Timesteps, v: Images, index: Int64[Tensor, " n"], **inputs: Tensor
     ) -> Images:
         """Return the mean of two half steps' velocities for samples at `index`, and `v` for others."""
         x, t = x_t[index], t[index]
-        told = {name: values[index] for name, values in told.items()}
-        r = told["r"]
+        inputs = {name: values[index] for name, values in inputs.items()}
+        r = inputs["r"]
         middle = (r + t) / 2
         with eval_mode(model):
-            first = self.half_step_velocity(model, x, t, **{**told, "r": middle})
-            second = self.half_step_velocity(model, x - broadcast(t - middle) * first, middle, **told)
+            first = self.half_step_velocity(model, x, t, **{**inputs, "r": middle})
+            second = self.half_step_velocity(model, x - broadcast(t - middle) * first, middle, **inputs)
         average = torch.where(broadcast(r == t), v[index], (first + second) / 2)
         return v.index_copy(0, index, average)
 

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Changes, Cond, Images, Labels, Output, Scales, Times, Tokens, check_choice
+from models.layers import AugmentLabels, Cond, GuidanceScales, Images, Labels, Output, Times, Tokens, check_choice
 from models.layers.attention import SelfAttention
 from models.layers.embedding import Conditioning, TimeEmbedding, make_rotary, sincos_2d
 from models.layers.initialisation import initialise_linears_, zero_
@@ -130,7 +130,14 @@ class DiT(Backbone):
         zero_(self.final.linear)
 
     def forward(
-        self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None, g: Scales = None
+        self,
+        x_t: Images,
+        t: Times,
+        y: Labels,
+        *,
+        r: Times | None = None,
+        augment: AugmentLabels = None,
+        g: GuidanceScales = None,
     ) -> Output:
         cond = self.cond(t, y, r, augment, g)
         modulation = self.modulation(cond)  # shared by all blocks

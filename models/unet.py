@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Changes, Cond, Images, Labels, Output, Scales, Times, check_choice
+from models.layers import AugmentLabels, Cond, GuidanceScales, Images, Labels, Output, Times, check_choice
 from models.layers.embedding import Conditioning
 from models.layers.initialisation import zero_
 from models.layers.patch import check_input_size
@@ -135,7 +135,14 @@ class UNet(Backbone):
         return ResidualBlock, ImageAttention
 
     def forward(
-        self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None, g: Scales = None
+        self,
+        x_t: Images,
+        t: Times,
+        y: Labels,
+        *,
+        r: Times | None = None,
+        augment: AugmentLabels = None,
+        g: GuidanceScales = None,
     ) -> Output:
         cond = self.cond(t, y, r, augment, g)
         x, skips = self._run_encoder(x_t, cond)

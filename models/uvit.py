@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Changes, Images, Labels, Output, Scales, Times, Tokens
+from models.layers import AugmentLabels, GuidanceScales, Images, Labels, Output, Times, Tokens
 from models.layers.attention import SelfAttention
 from models.layers.embedding import make_inputs, make_rotary, sinusoids
 from models.layers.initialisation import initialise_linears_
@@ -95,7 +95,14 @@ class UViTTokens(Backbone):
         return state[:, self.num_tokens :]
 
     def forward(
-        self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None, g: Scales = None
+        self,
+        x_t: Images,
+        t: Times,
+        y: Labels,
+        *,
+        r: Times | None = None,
+        augment: AugmentLabels = None,
+        g: GuidanceScales = None,
     ) -> Output:
         # Tokens: label, time, patches.
         time = self.interval(sinusoids(t, self.dim), t, r)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.backbone import Backbone
-from models.layers import Changes, Cond, Grid, Images, Labels, Output, Scales, Times, Tokens, check_choice
+from models.layers import AugmentLabels, Cond, Grid, GuidanceScales, Images, Labels, Output, Times, Tokens, check_choice
 from models.layers.attention import SelfAttention
 from models.layers.embedding import AddedEmbedding, Conditioning, NoConditioning, sincos_2d
 from models.layers.initialisation import initialise_linears_, zero_
@@ -280,7 +280,14 @@ class XSwin(Backbone):
         return state.flatten(1, -2)
 
     def forward(
-        self, x_t: Images, t: Times, y: Labels, *, r: Times | None = None, augment: Changes = None, g: Scales = None
+        self,
+        x_t: Images,
+        t: Times,
+        y: Labels,
+        *,
+        r: Times | None = None,
+        augment: AugmentLabels = None,
+        g: GuidanceScales = None,
     ) -> Output:
         cond = self.cond_layers(self.cond(t, y, r, augment, g))
         precomputed = self.precompute(x_t)

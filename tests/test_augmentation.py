@@ -179,7 +179,7 @@ def test_augmentation_labels_have_no_effect_at_initialisation(name):
         assert torch.equal(ours(*inputs(), augment=torch.zeros_like(changes)), ours(*inputs()))
         difference = (ours(*inputs(), augment=changes) - ours(*inputs())).flatten(1).abs().amax(dim=1)
     assert (difference > 1e-6).all()
-    with pytest.raises(ValueError, match="augment: this backbone is told of no changes of images"):
+    with pytest.raises(ValueError, match="augment: this backbone takes no augmentation labels"):
         plain(*inputs(), augment=changes)
 
 

@@ -184,7 +184,7 @@ def test_a_flows_weights_begin_as_that_flow_whatever_the_second_time(name, tmp_p
 def test_a_backbone_without_a_second_time_refuses_one():
     x_t, t, y = inputs()
     for name in ("DiT-S/2", "UViT-tokens-S/2"):
-        with pytest.raises(ValueError, match="r: this backbone is told one time"):
+        with pytest.raises(ValueError, match="r: this backbone takes no second time"):
             small(name)(x_t, t, y, r=t)
 
 

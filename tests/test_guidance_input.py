@@ -59,9 +59,7 @@ def test_weights_without_the_input_begin_as_that_model_at_every_scale(name, tmp_
 
 @families
 def test_a_backbone_without_the_input_refuses_a_scale(name):
-    with pytest.raises(
-        ValueError, match="g: this backbone is told no guidance scale; build it with guidance_input=True"
-    ):
+    with pytest.raises(ValueError, match="g: this backbone takes no guidance scale; build it with guidance_input=True"):
         small(name)(*inputs(), g=torch.ones(3))
 
 

@@ -163,9 +163,9 @@ class SamplerRun:
         self, diffusion: Diffusion, model: Denoiser, noise: Images, y: Labels, *, guide_model: Denoiser | None
     ) -> Images:
         options, preconditioned = self.options, diffusion.precondition(model)
-        told: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         if diffusion.takes_guidance(options.sampler or diffusion.default_sampler):  # by the model itself, at one call
-            told["g"] = torch.full((len(noise),), options.guidance_scale, device=noise.device)
+            inputs["g"] = torch.full((len(noise),), options.guidance_scale, device=noise.device)
             options = replace(options, guidance_scale=1.0)
         guidance: dict[str, Any] = {
             "latent_channels": noise.shape[1],
@@ -183,7 +183,7 @@ class SamplerRun:
         def denoise(x_t: Tensor, t: int | float, at: Transition, **extras: Any) -> Prediction:
             times = torch.full((len(x_t),), t, device=x_t.device)
             scale = scale_at(options, (at.sigma / at.alpha).item())
-            output = guided(scale)(x_t, times, y, **told, **extras)
+            output = guided(scale)(x_t, times, y, **inputs, **extras)
             prediction = diffusion.predict(output, x_t, times, at)
             return prediction if options.clip is None else prediction.clipped(options.clip, x_t, at)
 

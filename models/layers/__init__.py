@@ -26,8 +26,8 @@ Tokens = Float[Tensor, "b n d"]
 Cond = Float[Tensor, "b cond"] | FusedOutputs
 Times = Shaped[Tensor, " b"]
 Labels = Int64[Tensor, " b"]
-Scales = Float[Tensor, " b"] | None  # of the guidance that each output is to have; None: 1
-Changes = Float[Tensor, "b augment"] | None  # a description of each image's augmentation; None: not augmented
+GuidanceScales = Float[Tensor, " b"] | None  # of the guidance that each output is to have; None: 1
+AugmentLabels = Float[Tensor, "b augment"] | None  # of each image's augmentation (Karras et al. 2022); None: none
 
 
 def check_choice(name: str, value: str, choices: Collection[str]) -> None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.layers import Changes, Labels, Scales, Times, check_choice
+from models.layers import AugmentLabels, GuidanceScales, Labels, Times, check_choice
 from models.layers.initialisation import zero_
 
 NUM_FREQUENCIES = 256
@@ -63,7 +63,7 @@ class GuidanceEmbedding(AddedEmbedding):
     """Adds an embedding of the guidance scale `g` to that of the time (Meng et al. 2023); `g` is 1 by default. It is an
     embedding of `100 log g`, which lies in the range of the times."""
 
-    def forward(self, embedded: Float[Tensor, "b d"], g: Scales) -> Float[Tensor, "b d"]:
+    def forward(self, embedded: Float[Tensor, "b d"], g: GuidanceScales) -> Float[Tensor, "b d"]:
         g = embedded.new_ones(len(embedded)) if g is None else g
         return embedded + super().forward(100 * g.log())
 
@@ -76,13 +76,13 @@ class AugmentEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(augment_dim, dim))  # backbones would re-initialise an nn.Linear
 
-    def forward(self, embedded: Float[Tensor, "b d"], augment: Changes) -> Float[Tensor, "b d"]:
+    def forward(self, embedded: Float[Tensor, "b d"], augment: AugmentLabels) -> Float[Tensor, "b d"]:
         if augment is None:
             augment = self.weight.new_zeros(embedded.shape[0], len(self.weight))
         return embedded + augment @ self.weight
 
 
-class Untold(nn.Module):
+class UnusedInput(nn.Module):
     """Stands for one of these embeddings in a backbone without it: adds nothing, and refuses a value."""
 
     def __init__(self, problem: str) -> None:
@@ -103,10 +103,10 @@ def make_inputs(
     augment_dim: int = 0,
     guidance_input: bool = False,
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """Make the embeddings of what a backbone may be told beside the time: `r`, `augment` and `g`."""
-    no_interval = Untold("r: this backbone is told one time; build it with second_time=True")
-    no_augment = Untold("augment: this backbone is told of no changes of images; build it with augment_dim")
-    no_guidance = Untold("g: this backbone is told no guidance scale; build it with guidance_input=True")
+    """Make the embeddings of the inputs that a backbone may take beside the time: `r`, `augment` and `g`."""
+    no_interval = UnusedInput("r: this backbone takes no second time; build it with second_time=True")
+    no_augment = UnusedInput("augment: this backbone takes no augmentation labels; build it with augment_dim")
+    no_guidance = UnusedInput("g: this backbone takes no guidance scale; build it with guidance_input=True")
     interval = IntervalEmbedding(dim, std) if second_time else no_interval
     augment = AugmentEmbedding(augment_dim, dim) if augment_dim else no_augment
     return interval, augment, GuidanceEmbedding(dim, std) if guidance_input else no_guidance
@@ -129,7 +129,7 @@ class Conditioning(nn.Module):
             nn.init.normal_(self.label.weight, std=std)
 
     def forward(
-        self, t: Times, y: Labels, r: Times | None = None, augment: Changes = None, g: Scales = None
+        self, t: Times, y: Labels, r: Times | None = None, augment: AugmentLabels = None, g: GuidanceScales = None
     ) -> Float[Tensor, "b d"]:
         cond = self.interval(self.time(t), t, r)
         cond = self.guidance(self.augment(cond, augment), g)
@@ -142,7 +142,7 @@ class NoConditioning(nn.Module):
     """Stands for `Conditioning` in unconditional models: returns vectors of width 0."""
 
     def forward(
-        self, t: Times, y: Labels, r: Times | None = None, augment: Changes = None, g: Scales = None
+        self, t: Times, y: Labels, r: Times | None = None, augment: AugmentLabels = None, g: GuidanceScales = None
     ) -> Float[Tensor, "b 0"]:
         return torch.zeros(len(t), 0, device=t.device)
 
