@@ -8,8 +8,6 @@ python sample.py --checkpoint runs/XSwin --classes '[butterfly, sunflower]' --in
 python sample.py --checkpoint runs/XSwin --num_per_class 50 --output samples.npz
 """
 
-from __future__ import annotations
-
 import sys
 from collections import deque
 from collections.abc import Iterable
@@ -98,7 +96,7 @@ def main(config: SampleConfig) -> None:
         generate_samples(config, pipeline, generator, output)
 
 
-def generate_samples(config: SampleConfig, pipeline: Pipeline, generator: Generator, output: Path) -> None:
+def generate_samples(config: SampleConfig, pipeline: "Pipeline", generator: "Generator", output: Path) -> None:
     """Write the samples, and the pictures of their denoising and of their stages that are asked for."""
     from sampling.generation import stream
     from sampling.grids import check_size, save_grid
@@ -127,7 +125,7 @@ def generate_samples(config: SampleConfig, pipeline: Pipeline, generator: Genera
         print(f"{name}: {path}")
 
 
-def interpolate_classes(config: SampleConfig, pipeline: Pipeline, generator: Generator, output: Path) -> None:
+def interpolate_classes(config: SampleConfig, pipeline: "Pipeline", generator: "Generator", output: Path) -> None:
     """Write a row of images between the first class and the last, and between the seeds."""
     from sampling.grids import check_size, save_grid
     from sampling.interpolation import interpolate
@@ -142,7 +140,7 @@ def interpolate_classes(config: SampleConfig, pipeline: Pipeline, generator: Gen
         print(f"{num_images} images on the way: {output}")
 
 
-def reconstruct_held_out(config: SampleConfig, pipeline: Pipeline, generator: Generator, output: Path) -> None:
+def reconstruct_held_out(config: SampleConfig, pipeline: "Pipeline", generator: "Generator", output: Path) -> None:
     """Write a grid of held-out images, noised to a time and denoised."""
     from experiment.build import merge_data_flags, open_split
     from sampling.reconstruction import draw_reconstructions
@@ -164,8 +162,8 @@ def reconstruct_held_out(config: SampleConfig, pipeline: Pipeline, generator: Ge
 
 def save_samples(
     batches: Iterable[Any],
-    generator: Generator,
-    checkpoint: Checkpoint,
+    generator: "Generator",
+    checkpoint: "Checkpoint",
     layout: dict[str, Any],
     output: Path,
     *,

@@ -297,6 +297,6 @@ def _normalisation(source: str, config: Any) -> dict[str, float | list[float]]:
     if shift or mean is None or std is None or {len(mean), len(std)} != {int(config.latent_channels)}:
         raise AutoencoderError(
             f"--autoencoder {source}: config.json has to give latents_mean and latents_std together, of "
-            f"{config.latent_channels} channels, and no shift_factor; mend it, or set both to null"
+            f"{config.latent_channels} channels, and no shift_factor; fix it, or set both to null"
         )
     return {"scale": [scale / float(value) for value in std], "shift": [float(value) for value in mean]}

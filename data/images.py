@@ -254,7 +254,7 @@ class ImageDataset(ImageSet):
             raise
         except Exception as error:  # decoders raise all kinds of errors at damaged bytes
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-            raise DataError(f"{self._flag}: {name} is damaged ({reason}); mend it, or --data.on_error skip") from error
+            raise DataError(f"{self._flag}: {name} is damaged ({reason}); fix it, or --data.on_error skip") from error
 
     def _is_readable(self, name: str) -> bool:
         try:

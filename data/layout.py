@@ -184,7 +184,7 @@ def _read_tables(tables: list[str], read: Callable[[str], bytes], images: dict[s
         try:
             rows = list(csv.DictReader(io.StringIO(read(table).decode("utf-8-sig"), newline=""), strict=True))
         except (OSError, ValueError, csv.Error) as error:
-            raise DataError(f"{table} cannot be read ({error}); mend it or move it away") from error
+            raise DataError(f"{table} cannot be read ({error}); fix it or move it away") from error
         if not rows or not {"file", "label"} <= {*rows[0]}:
             has = ", ".join(map(str, rows[0])) if rows else "nothing"
             raise DataError(f"{table} must have columns file and label, and has {has}; rename them or move it away")
@@ -198,9 +198,9 @@ def _read_tables(tables: list[str], read: Callable[[str], bytes], images: dict[s
             label = (row["label"] or "").strip()
             if len(matches) != 1:
                 problem = f"may be {' or '.join(matches)}" if matches else "is not there"
-                raise DataError(f"{table}: {row['file']} {problem}; mend the table or move it away")
+                raise DataError(f"{table}: {row['file']} {problem}; fix the table or move it away")
             if not label:
-                raise DataError(f"{table}: {row['file']} has no label; mend the table or move it away")
+                raise DataError(f"{table}: {row['file']} has no label; fix the table or move it away")
             name = matches[0]
             if labels.setdefault(name, label) != label:
                 raise DataError(f"{table}: {row['file']} has two labels, {labels[name]} and {label}; keep one")

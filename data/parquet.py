@@ -143,7 +143,7 @@ class Parquets:
             named = [f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(class_names)]
             for name, label in zip(names, labels, strict=True):
                 if label in (None, "") or (isinstance(label, int) and not 0 <= label < (len(named) or math.inf)):
-                    raise DataError(f"{name} has the label {label!r}, which is no class (withheld?); mend the shard")
+                    raise DataError(f"{name} has the label {label!r}, which is no class (withheld?); fix the shard")
                 classes[name] = named[label] if named and isinstance(label, int) else str(label)
         if not classes:
             classes, withheld = dict.fromkeys(self.names, ""), defaultdict(list)

@@ -95,10 +95,10 @@ def _read_label(name: str, read: Callable[[str], bytes]) -> str | None:
         elif (label := json.loads(text).get("label")) is None:
             return None
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{name} is no label that can be read ({error}); mend it") from error
+        raise DataError(f"{name} is no label that can be read ({error}); fix it") from error
     if isinstance(label, bool) or not isinstance(label, int | str) or not str(label) or str(label).startswith("-"):
         raise DataError(
-            f"{name} has the label {label!r}, which is no class (withheld?); leave its shard out, or mend it"
+            f"{name} has the label {label!r}, which is no class (withheld?); leave its shard out, or fix it"
         )
     return str(label)
 

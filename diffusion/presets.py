@@ -34,16 +34,17 @@ def gaussian(
         schedule: 'linear', 'scaled_linear', 'linear_unscaled' (the same for any T), 'cosine' or 'sigmoid'
         num_timesteps: T
         prediction: what the backbone predicts: 'epsilon', 'x_0' or 'v'
-        variance: of the reverse step: 'learned_range' (hybrid loss; twice the channels), 'fixed_small' or 'fixed_large'
-        weighting: of the squared error: 'uniform', 'min_snr', 'p2' or 'vlb'
-        times: at which the backbone is trained: 'uniform', 'logit_normal', 'mode' or 'cosmap'
+        variance: variance of the reverse step: 'learned_range' (hybrid loss; twice the channels), 'fixed_small' or
+            'fixed_large'
+        weighting: weighting of the squared error: 'uniform', 'min_snr', 'p2' or 'vlb'
+        times: distribution of the training times: 'uniform', 'logit_normal', 'mode' or 'cosmap'
         times_args: of 'logit_normal': location, 0 (above: noisier; a flow's shift of s, in training alone, is log s),
             and scale, 1; of 'mode': scale, 1.29 (above 0: more of the middle, below: of both ends)
         zero_terminal_snr: rescale the schedule to end in pure noise (Lin et al. 2023)
         model_times: the backbone's time inputs at both ends, if not 0 and T-1, such as [1, 1000]
         loss: the target in which the squared error is measured, by the names of predictions; null: the prediction
-        guidance_scale: scale of guidance that the backbone learns, so that sampling needs no second call (model-
-            guidance, Tang et al. 2025); a step costs two calls more, without gradients; 1: none
+        guidance_scale: scale of guidance that the backbone learns, so that sampling needs no second call
+            (model-guidance, Tang et al. 2025); a step costs two calls more, without gradients; 1: none
         guidance_max: learn guidance of every scale from 1 to this, in place of a fixed one. The backbone is told the
             scale, which --sampling.guidance_scale chooses, at one call a step (Meng et al. 2023); null: none
     """
@@ -199,7 +200,7 @@ def meanflow(
         kappa: weight of the backbone's own prediction in this guidance
         tangent: the velocity along which the average is differentiated: 'sample', that of the sample, or 'model', the
             backbone's prediction, which has less variance (improved MeanFlow, Geng et al. 2025b)
-        difference: take this derivative as the difference quotient of two calls so far before and after t, which
+        difference: take this derivative as the difference quotient of two calls, this far before and after t, which
             averages the ripples of time embeddings out and keeps a compiled backbone compiled; null: the exact one
         prediction: what the backbone predicts: 'velocity', or 'x_0', the data that a step by this velocity to t = 0
             leads to (Lu et al. 2026); to fine-tune a flow's weights, the flow's

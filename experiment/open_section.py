@@ -56,13 +56,16 @@ def _help(table: Mapping[str, Callable[..., Any]], by_name: Mapping[str, Mapping
     described = {kind: {entry.arg_name: entry.description for entry in docstrings[kind].params} for kind in table}
     lines = [f"    kind: {', '.join(kinds)}"]
     for name, parameters in by_name.items():
-        kinds_by_text: dict[str, list[str]] = {}
+        by_text: dict[str, dict[str, list[str]]] = {}  # the kinds by default and text
         first = next((described[kind][name] for kind in parameters if name in described[kind]), None)
         for kind, parameter in parameters.items():
             text = join_lines(described[kind].get(name, first))
-            kinds_by_text.setdefault(text, []).append(f"{kind} ({_as_yaml(parameter.default)})")
-        parts = [f"of {' and '.join(kinds)}: {text}" for text, kinds in kinds_by_text.items()]
-        lines.append(f"    {name}: {'; '.join(parts)}")
+            by_text.setdefault(text, {}).setdefault(_as_yaml(parameter.default), []).append(kind)
+        of_kinds = {
+            text: "".join(f"[{', '.join(kinds)}; default {default}] " for default, kinds in by_default.items())
+            for text, by_default in by_text.items()
+        }
+        lines.append(f"    {name}: {'; '.join(kinds + text for text, kinds in of_kinds.items())}")
     return lines
 
 

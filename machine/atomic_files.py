@@ -83,7 +83,7 @@ def keeping(paths: Iterable[Path]) -> Iterator[None]:
             elif path.is_file() and filecmp.cmp(path, before, shallow=False):
                 before.unlink()
             else:
-                print(f"{path} was another, and is now {before}", flush=True)
+                print(f"{path}: the file that was there is now {before}", flush=True)
 
 
 def unused_path(path: Path) -> Path:

@@ -49,7 +49,7 @@ def write_checkpoint(target: Path, fill: Callable[[Path], None]) -> None:
         _restore_moved(target.parent)
         shutil.rmtree(partial, ignore_errors=True)
         full = any(words in str(error) for words in ("No space left", "quota exceeded"))
-        remedy = "make room" if full else "mend that"
+        remedy = "make room" if full else "fix that"
         raise OSError(f"checkpoint {target} could not be written ({error}); {remedy} and --resume") from error
     if aside.exists():
         _delete(aside, "replaced.partial")

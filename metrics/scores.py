@@ -97,18 +97,18 @@ EXTRAPOLATED = "metrics.frechet:extrapolated_distance"
 PROBE, TAUGHT = "metrics.agreement:class_agreement", "metrics.agreement:classification_accuracy"
 INFINITY, CLASSES = ("frechet_distance_infinity", "Fréchet∞"), {"needs": "labelled", "bounds": SHARE, "digits": 4}
 SUMMARIES = {
-    "fid": "Fréchet distance of Gaussians fitted to the features",
-    "sfid": "the same on Inception's spatial features",
-    "is": "sure of each image, and of all classes as often",
-    "kid": "unbiased squared MMD with a cubic kernel",
-    "precision": "share of the samples in the reference's manifold",
-    "recall": "share of the reference in the samples' manifold",
-    "density": "how many balls around reference images hold a sample",
-    "coverage": "share of these balls that hold any sample",
-    "fid_infinity": "the Fréchet distance that endlessly many samples would have",
-    "agreement": "share of the samples that a linear probe of the training images takes for their class",
-    "agreement_top5": "share whose class is among its five best guesses",
-    "cas": "share of the held-out images that a linear probe of the samples takes for their class",
+    "fid": "Fréchet distance of Gaussians fitted to the features (Heusel et al. 2017)",
+    "sfid": "the same on Inception's spatial features (Nash et al. 2021)",
+    "is": "Inception Score, exp of the mean KL divergence of class predictions from their mean (Salimans et al. 2016)",
+    "kid": "unbiased squared MMD with a cubic kernel (Bińkowski et al. 2018)",
+    "precision": "fraction of samples inside the manifold of real images, by k nearest neighbours",
+    "recall": "fraction of real images inside the manifold of samples (Kynkäänniemi et al. 2019)",
+    "density": "mean number of real images' neighbourhoods that hold a sample, divided by k",
+    "coverage": "fraction of real images whose neighbourhood holds a sample (Naeem et al. 2020)",
+    "fid_infinity": "FID extrapolated to infinitely many samples (Chong and Forsyth 2020)",
+    "agreement": "accuracy on samples of a linear probe that was trained on real images",
+    "agreement_top5": "its top-5 accuracy",
+    "cas": "accuracy on real images of a linear probe that was trained on samples (Ravuri and Vinyals 2019)",
 }
 METRICS: dict[str, Metric] = {
     "fid": Metric(FRECHET, "lower", "moments", "FID", ("frechet_distance", "Fréchet"), POSITIVE),
@@ -130,7 +130,7 @@ OTHER_SCORES = {  # not of samples: a training's loss on held-out images, and ho
     "lpips": Metric("metrics.perceptual:LPIPSFeatures", "lower"),
 }
 DEFAULT = tuple(METRICS)[:8]  # without metrics that are slow, need classes, or are registered from outside
-HELP = "of " + "; ".join(f"{name} ({row.better} is better): {row.summary}" for name, row in METRICS.items())
+HELP = "; ".join(f"{name} ({row.better} is better): {row.summary}" for name, row in METRICS.items())
 
 
 def check_metrics(names: Iterable[str]) -> None:

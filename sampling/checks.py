@@ -49,7 +49,9 @@ def resolve_sampling(
         raise ValueError(f"--sampling.{name}: unknown, choose from {', '.join(names)}")
     config = replace(config, **_implied_overrides(config, overrides, diffusion, num_guided, say) | overrides)
     if config.guidance_unlabelled and config.guidance_checkpoint is None:
-        raise ValueError("--sampling.guidance_unlabelled true: of whom? give --sampling.guidance_checkpoint too")
+        raise ValueError(
+            "--sampling.guidance_unlabelled true has no effect without --sampling.guidance_checkpoint: add that"
+        )
     sampler, spacing = config.sampler or diffusion.default_sampler, config.spacing or diffusion.default_spacing
     config = replace(config, sampler=sampler, spacing=spacing)
     check_options(config, diffusion, has_guide=config.guidance_checkpoint is not None)

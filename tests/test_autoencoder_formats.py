@@ -236,7 +236,7 @@ def test_another_class_is_refused_by_name(tmp_path):
 
 REFUSED = {
     "std alone": ("sdxl", {"latents_std": STD}, "has to give latents_mean and latents_std together"),
-    "shift beside means": ("playground", {"shift_factor": 0.1}, "and no shift_factor; mend it"),
+    "shift beside means": ("playground", {"shift_factor": 0.1}, "and no shift_factor; fix it"),
     "too few": ("playground", {"latents_mean": MEAN[:3]}, "together, of 4 channels"),
     "grey": ("sd", {"in_channels": 1}, "it makes 3 channels of 1"),
     "larger images": ("taesd", {"upsampling_scaling_factor": 4}, "64 pixels of 8; images come back as RGB"),

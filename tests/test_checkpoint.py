@@ -183,7 +183,7 @@ def test_warm_start_takes_the_labels_of_classes_of_the_same_name(saved):
     [
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "make room"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "make room"),
-        (OSError(errno.EACCES, os.strerror(errno.EACCES)), "mend that"),
+        (OSError(errno.EACCES, os.strerror(errno.EACCES)), "fix that"),
     ],
 )
 def test_failed_save_leaves_the_last_checkpoint_alone(saved, monkeypatch, error, remedy):

@@ -160,7 +160,7 @@ def test_invalid_label_tables_are_refused(table, message):
 def test_a_name_that_both_splits_have_is_given_with_its_folder():
     """Otherwise the iteration order of a set, which varies by process, would decide which of the two gets the label."""
     names = ["train/a.png", "train/b.png", "test/a.png", "labels.csv"]
-    with pytest.raises(DataError, match=r"labels.csv: a.png may be test/a.png or train/a.png; mend the table"):
+    with pytest.raises(DataError, match=r"labels.csv: a.png may be test/a.png or train/a.png; fix the table"):
         of(*names)
     table = b"file,label\ntrain/a.png,cat\nb.png,dog\ntest/a.png,dog\n"
     assert of(*names, table=table).classes == {"train/a.png": "cat", "train/b.png": "dog", "test/a.png": "dog"}

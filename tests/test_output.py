@@ -46,7 +46,7 @@ def test_other_samples_of_that_name_are_kept(tmp_path, capsys):
     for file, images in ((kept, IMAGES), (path, IMAGES.flip(0))):
         with np.load(file) as arrays:
             assert (arrays["arr_0"] == images.permute(0, 2, 3, 1).numpy()).all()
-    assert f"{path} was another, and is now {kept}" in capsys.readouterr().out
+    assert f"{path}: the file that was there is now {kept}" in capsys.readouterr().out
 
 
 def test_batches_become_an_npz_and_a_folder(tmp_path):
@@ -145,18 +145,22 @@ def test_a_failed_write_of_a_grid_keeps_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "grid.png").read_bytes() == before
 
 
+def check_output(path, **mode):
+    SAMPLE.check_flags(SAMPLE.SampleConfig("runs/x", output=str(path), **mode))
+
+
 @pytest.mark.parametrize("name", ["x.jpg", "x.PNGG", "deep/x.npy", "x.zip", "x.json"])
 def test_output_names_with_an_unknown_suffix_are_refused(name, tmp_path):
     words = re.escape(f"--output {tmp_path / name}: give FILE.png or FILE.pdf for a grid")
     with pytest.raises(ValueError, match=words):
-        SAMPLE.check_output(tmp_path / name, is_picture=False)
+        check_output(tmp_path / name)
     (tmp_path / name).mkdir(parents=True)
-    SAMPLE.check_output(tmp_path / name, is_picture=False)
+    check_output(tmp_path / name)
     for path in ("x.png", "x.PDF", "x.npz", "folder", "v1.5"):
-        SAMPLE.check_output(tmp_path / path, is_picture=False)
+        check_output(tmp_path / path)
     for path in ("x.npz", "folder"):
-        with pytest.raises(ValueError, match="it is one picture"):
-            SAMPLE.check_output(tmp_path / path, is_picture=True)
+        with pytest.raises(ValueError, match=f"--output .*{path}: --interpolate draws one picture"):
+            check_output(tmp_path / path, interpolate=2)
 
 
 def test_second_pictures_lie_where_nothing_takes_them_for_samples(tmp_path):

@@ -213,7 +213,7 @@ def bent(tmp_path, monkeypatch):
 def test_settings_of_a_registered_diffusion_become_flags(bent, tmp_path, capsys):
     config = parse(ExperimentConfig, [*bent, "--diffusion.bend", "0.25"])
     assert build_diffusion(config.diffusion).path.shift == 0.5
-    assert "    bend: of bent (0.5): how far" in DiffusionConfig.__doc__
+    assert "    bend: [bent; default 0.5] how far" in DiffusionConfig.__doc__
     assert "'bent' (a flow that bends)" in DiffusionConfig.__doc__
     assert from_dict(ExperimentConfig, config.to_dict()) == config
     (tmp_path / "run.yaml").write_text("imports: [bent.py]\ndiffusion: {kind: bent, bend: 0.75}\n")
