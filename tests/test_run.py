@@ -22,6 +22,7 @@ from checkpoints.averages import EMA
 from checkpoints.training_state import TrainingState
 from experiment.config import ExperimentConfig, LogConfig, TrainConfig
 from machine.checkpoint_folder import Best, find_damage, list_checkpoints
+from metrics.extractors import ExtractorError
 from training import run as run_module
 from training.guard import Guard
 from training.run import open_run
@@ -110,12 +111,17 @@ def test_steps_skipped_before_a_rollback_stay_in_the_log_after_a_kill(train, tmp
     assert [(event["step"], event["rollbacks"]) for event in again[2:]] == [(4, 1)]
 
 
-def test_nan_samples_do_not_end_a_training(train, capsys):
+def test_samples_or_features_that_are_not_finite_do_not_end_a_training(train, capsys):
     def draw(step):
         return create_codec("pixel").decode(torch.full((1, 3, 2, 2), torch.nan))
 
-    assert train(lambda run, step: 1.0, looks={2: draw}).step == 6
-    assert "step 2: nothing to draw: images came out as numbers that are not finite" in capsys.readouterr().out
+    def score(step):
+        raise ExtractorError("--extractor mine: not finite on 1 of 2 images")
+
+    assert train(lambda run, step: 1.0, looks={2: draw, 4: score}).step == 6
+    said = capsys.readouterr().out
+    assert "step 2: nothing to draw: images came out as numbers that are not finite" in said
+    assert "step 4: nothing to score: --extractor mine: not finite on 1 of 2 images" in said
 
 
 def test_the_best_is_one_that_is_still_there(train, tmp_path):

@@ -24,6 +24,7 @@ from machine.atomic_files import write_atomic
 from machine.background import Background
 from machine.checkpoint_folder import Best, check_links, checkpoint_to_resume, mark_best, rotate
 from machine.sharding import is_sharded
+from metrics.extractors import ExtractorError
 from sampling.grids import save_grid
 from training.curves import draw_curve
 from training.guard import Guard
@@ -196,7 +197,7 @@ class Run(Generic[R]):
             for inspect in inspections:
                 try:
                     measured |= inspect(self.step)
-                except AutoencoderError as error:  # non-finite images, on all processes alike
+                except (AutoencoderError, ExtractorError) as error:  # of what is not finite, on all processes alike
                     self.accelerator.print(f"step {self.step}: nothing to {inspect.__name__}: {error}")
         self._inspected = True
         if measured:
