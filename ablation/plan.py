@@ -18,7 +18,7 @@ from experiment.build import build_diffusion, model_spec, open_cache, open_split
 from experiment.config import DataConfig, ExperimentConfig, SamplingConfig
 from machine.atomic_files import write_atomic
 from metrics.cost import Cost
-from metrics.scores import check_metrics
+from metrics.scores import check_metrics, check_per_image
 from models import ModelSpec
 from sampling.checks import resolve_sampling
 from sampling.labels import resolve_classes
@@ -134,6 +134,8 @@ def plan_run(run: Run, ablation: AblationConfig, measurements: Measurements, *, 
         num_guided = config.guided_classes(spec.num_classes)
         sampling = resolve_sampling(config.sampling, diffusion, num_guided, say=warnings.append)
         check_metrics(config.evaluation.metrics)
+        if ablation.scoring.memorisation:
+            check_per_image("scoring.memorisation", config.evaluation.metrics)
         resolve_classes(list(ablation.pictures.classes), images.classes)
     identity = {"codec": codec.provenance, "train": images.describe(), "test": held_out.describe()}
     data = list(images.classes), num_training_steps(config.train, len(images)), len(held_out), identity

@@ -27,7 +27,7 @@ from machine.atomic_files import keeping, write_atomic
 from machine.lock import taking_turns
 from metrics.fidelity import class_distances
 from metrics.reference import read_adm, write_adm
-from metrics.scores import PER_IMAGE, required_features
+from metrics.scores import check_per_image
 from sampling.grids import save_grid
 from settings import set_values
 
@@ -83,9 +83,9 @@ class Command:
         flags that do not fit them, and for an output that cannot be written."""
         flags, data, evaluation, accelerator = self.flags, self.data, self.scorer.evaluation, self.scorer.accelerator
         from_main(accelerator, lambda: check_output("--output", self.output))
-        if (flags.memorisation or flags.per_class) and not required_features(evaluation.metrics) & PER_IMAGE:
-            flag = "--memorisation" if flags.memorisation else "--per_class"
-            raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
+        for flag, is_given in (("--memorisation", flags.memorisation), ("--per_class", flags.per_class)):
+            if is_given:
+                check_per_image(flag, evaluation.metrics)
         test_images = self.open_test_images() if flags.memorisation or not flags.reference else None
         held_out = None if flags.reference else test_images
         name, checkpoint, path, size = flags.autoencoder, self.checkpoint, flags.reference, data.image_size

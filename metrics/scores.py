@@ -140,6 +140,12 @@ def check_metrics(names: Iterable[str]) -> None:
         raise ValueError(f"--metrics {','.join(unknown) or '(none)'}: choose from {', '.join(METRICS)}")
 
 
+def check_per_image(flag: str, names: Iterable[str]) -> None:
+    """Raise `ValueError`, naming a flag that needs each image's features, if no metric of these names keeps them."""
+    if not required_features(names) & PER_IMAGE:
+        raise ValueError(f"{flag}: it looks at images one by one; give --metrics one that does, such as kid")
+
+
 def required_features(names: Iterable[str]) -> set[str]:
     names = list(names)
     check_metrics(names)

@@ -128,6 +128,10 @@ def planned(path):
         ("variants: {a: {model_args.num_heads: [3, 4]}}", "variant a: num_heads=3 must divide the width 16"),
         ("variants: {a: {sampling.sampler: dppm}}", "variant a: --sampling.sampler dppm: unknown"),
         ("variants: {a: {}}\npictures: {classes: [strr]}", "variant a: --classes strr: no such class"),
+        (
+            "variants: {a: {evaluation.metrics: [fid]}}\nscoring: {memorisation: true}",
+            "variant a: scoring.memorisation: it looks at images one by one; give --metrics one that does",
+        ),
         ("variants: {a: {}}\nbaseline: b", "baseline b: no such variant; there are a"),
         ("variants: {a: {}, b: {}}\nclaims: {a wins: [a, c]}", "claims, a wins: no variant c; there are a, b"),
         ("variants: {a: {}, b: {}}\nclaims: {a wins: [a]}", "claims, a wins: name two variants, the one that is said"),
