@@ -13,9 +13,9 @@ from torch import Tensor
 from diffusion.bound import discretized_log_likelihood, normal_kl
 from diffusion.calls import eval_mode, num_classes_of, with_and_without_label
 from diffusion.options import SamplingOptions
-from diffusion.paths import GaussianChain, Path
-from diffusion.predictions import PREDICTIONS
+from diffusion.paths import GaussianChain, ProbabilityPath
 from diffusion.spacings import spaced_times
+from diffusion.targets import TARGETS
 from diffusion.times import Device, DrawTimes
 from diffusion.transition import AtLevel, Images, Labels, Output, Timesteps, Transition
 from diffusion.weightings import WEIGHTINGS
@@ -64,7 +64,7 @@ class Diffusion:
 
     Args:
         path: the path from data to noise; it defines the time variable.
-        prediction: the target that the model predicts: a name in `PREDICTIONS` or in `path.targets`.
+        prediction: the target that the model predicts: a name in `TARGETS` or in `path.targets`.
         loss: the target in which the squared error is measured, by the same names; by default the prediction.
         times: draws training times: `(num, generator, device) -> [num]`.
         weighting: a name in `WEIGHTINGS`, a weight of the squared error of `x_0` whatever the prediction; not to be
@@ -90,7 +90,7 @@ class Diffusion:
 
     def __init__(
         self,
-        path: Path,
+        path: ProbabilityPath,
         prediction: str,
         loss: str | None = None,
         *,
@@ -105,7 +105,7 @@ class Diffusion:
         default_spacing: str = "uniform",
         samplers: Mapping[str, Callable[..., Iterator[tuple[Tensor, Tensor]]]] = EMPTY,
     ) -> None:
-        targets = {**PREDICTIONS, **path.targets}
+        targets = {**TARGETS, **path.targets}
         check_name("--diffusion.prediction", prediction, targets)
         check_name("--diffusion.loss", loss or prediction, targets)
         check_name("--diffusion.variance", variance, VARIANCES)

@@ -11,14 +11,14 @@ from einops import rearrange
 from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
-from diffusion.predictions import Target
+from diffusion.targets import Target
 from diffusion.transition import Images, Level, Timesteps, Transition
 from machine.precision import to_float64
 
 HALF_PI = math.pi / 2
 
 
-class Path(ABC):
+class ProbabilityPath(ABC):
     """Alpha and sigma as functions of time, and whatever else depends on the definition of time."""
 
     max_time: int | float  # the last time, that of the noise
@@ -51,7 +51,7 @@ class Path(ABC):
         return Level(*(rearrange(number.float().to(t.device), "b -> b 1 1 1") for number in self(t)))
 
 
-class GaussianChain(Path):
+class GaussianChain(ProbabilityPath):
     """The discrete-time chain of DDPM (Ho et al. 2020): `q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I)`, from the variance
     that is added at each time, `betas`.
 
@@ -147,7 +147,7 @@ CURVES = {
 }
 
 
-class Flow(Path):
+class Flow(ProbabilityPath):
     """A straight or circular path, a `curve` in `CURVES`, from the data at t = 0 to the noise at t = 1 (Lipman et al.
     2023).
 
@@ -187,7 +187,7 @@ class Flow(Path):
         return x_t, first + (last - first) * t
 
 
-class VarianceExploding(Path):
+class VarianceExploding(ProbabilityPath):
     """The path of EDM, `x_t = x_0 + sigma noise`, with sigma as its time (Karras et al. 2022).
 
     The backbone F has inputs and targets of unit variance at every noise level: `x_0 = c_skip x_t + c_out F(c_in x_t,

@@ -5,16 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diffusion.paths import GaussianChain, Path
+from diffusion.paths import GaussianChain, ProbabilityPath
 
 
-def snr(path: Path, t: Tensor) -> Tensor:
+def snr(path: ProbabilityPath, t: Tensor) -> Tensor:
     """Signal-to-noise ratio `(alpha / sigma)^2`, as [b 1 1 1]."""
     at = path.levels(t)
     return (at.alpha / at.sigma) ** 2
 
 
-def bound_weight(path: Path, t: Tensor) -> Tensor:
+def bound_weight(path: ProbabilityPath, t: Tensor) -> Tensor:
     """Weight of the error of `x_0` in the variational bound of a chain, in nats: T times a term of its sum over t
     (Kingma et al. 2021, eq. 14). t = 0 has the weight of t = 1."""
     assert isinstance(path, GaussianChain)
@@ -22,7 +22,7 @@ def bound_weight(path: Path, t: Tensor) -> Tensor:
     return 0.5 * path.num_timesteps * at.x_0_weight**2 * torch.exp(-at.log_variance_min)
 
 
-WEIGHTINGS: dict[str, Callable[[Path, Tensor], Tensor]] = {
+WEIGHTINGS: dict[str, Callable[[ProbabilityPath, Tensor], Tensor]] = {
     "min_snr": lambda path, t: snr(path, t).clamp(max=5),  # Hang et al. 2023, gamma = 5
     "p2": lambda path, t: snr(path, t) / (1 + snr(path, t)),  # Choi et al. 2022, k = gamma = 1
     "vlb": bound_weight,

@@ -13,8 +13,8 @@ from test_backbones import SMALL
 from autoencoders.codec import PixelCodec, create_codec
 from diffusion import DIFFUSIONS, SAMPLERS, SPACINGS, Diffusion, SamplingOptions
 from diffusion.paths import CURVES
-from diffusion.predictions import PREDICTIONS
 from diffusion.schedules import SCHEDULES
+from diffusion.targets import TARGETS
 from diffusion.times import TIMES
 from diffusion.weightings import WEIGHTINGS
 from experiment.build import build_diffusion, defining_settings, model_spec
@@ -140,7 +140,7 @@ def test_every_setting_of_every_diffusion_is_a_flag():
 
 def test_help_names_every_diffusion_sampler_spacing_and_schedule():
     words = f"{DiffusionConfig.__doc__} {SamplingOptions.__doc__}"
-    for table in (DIFFUSIONS, SAMPLERS, SPACINGS, SCHEDULES, WEIGHTINGS, TIMES, CURVES, PREDICTIONS):
+    for table in (DIFFUSIONS, SAMPLERS, SPACINGS, SCHEDULES, WEIGHTINGS, TIMES, CURVES, TARGETS):
         assert all(f"'{name}'" in words for name in table)
 
 

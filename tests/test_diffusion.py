@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from diffusion import DIFFUSIONS, Diffusion, GaussianDiffusion
 from diffusion.diffusion import VARIANCES
-from diffusion.predictions import PREDICTIONS
 from diffusion.schedules import SCHEDULES
+from diffusion.targets import TARGETS
 
-predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+predictions = pytest.mark.parametrize("prediction", TARGETS)
 MEAN, STD = 0.7, 0.4  # of the Gaussian data whose denoiser is known
 
 
@@ -89,7 +89,7 @@ def test_a_perfect_output_is_read_back(prediction, variance):
     diffusion = GaussianDiffusion(prediction=prediction, variance=variance)
     x_0, noise, t = randn(4, 3, 2, 2), randn(4, 3, 2, 2, seed=1), torch.tensor([0, 10, 400, 800])
     x_t = diffusion.q_sample(x_0, t, noise)
-    output = PREDICTIONS[prediction].combine(x_0, noise, diffusion.path.transition(t))
+    output = TARGETS[prediction].combine(x_0, noise, diffusion.path.transition(t))
     if diffusion.learns_variance:
         output = torch.cat([output, torch.zeros_like(output)], dim=1)
     assert output.shape[1] == diffusion.output_channels(3)

@@ -10,11 +10,11 @@ from exact import backbone, gaussian_data, generator, labels, randn
 from diffusion import SAMPLERS, GaussianDiffusion, sample
 from diffusion.diffusion import VARIANCES
 from diffusion.options import SamplingOptions
-from diffusion.predictions import PREDICTIONS
 from diffusion.samplers import num_calls, randn_like
 from diffusion.schedules import SCHEDULES
+from diffusion.targets import TARGETS
 
-predictions = pytest.mark.parametrize("prediction", PREDICTIONS)
+predictions = pytest.mark.parametrize("prediction", TARGETS)
 MEAN, STD = 0.7, 0.4  # of the Gaussian data whose denoiser is known
 
 

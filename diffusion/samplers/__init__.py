@@ -13,14 +13,14 @@ from diffusion.calls import eval_mode
 from diffusion.diffusion import Denoiser, Diffusion, Prediction
 from diffusion.guidance import check_guidance_input, guidance_rule, guide, scale_at
 from diffusion.options import SamplingOptions
-from diffusion.samplers.chain import Chain, Moments
+from diffusion.samplers.chain import Chain, Trajectory
 from diffusion.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc
 from diffusion.samplers.one_step import average_velocity_steps, ddim, ddpm, euler, euler_maruyama, heun
 from diffusion.transition import Images, Labels, Transition
 from settings import check_arguments, check_name, check_settings
 
-Sampler = Callable[..., Moments]
-"""`(chain, x_t, **arguments) -> Moments`; the ranges of its own arguments are in its signature (see `settings`)."""
+Sampler = Callable[..., Trajectory]
+"""`(chain, x_t, **arguments) -> Trajectory`; the ranges of its own arguments are in its signature (see `settings`)."""
 
 ONE_STEP = (ddpm, ddim, euler, euler_maruyama, heun)
 MULTISTEP = (dpmpp_2m, dpmpp_2m_sde, dpmpp_3m, exponential_ab3, unipc)
@@ -192,10 +192,10 @@ class SamplerRun:
         if self.start is not None:
             steps, x_t = [step for step in steps if step[0] <= self.start], noise
         sampler = samplers_for(diffusion)[options.sampler or diffusion.default_sampler]
-        moments = sampler(
+        trajectory = sampler(
             Chain(diffusion, steps, denoise, lambda: randn_like(noise, self.generator)), x_t, **options.sampler_args
         )
-        for step, (x_t, x_0) in enumerate(moments):
+        for step, (x_t, x_0) in enumerate(trajectory):
             if self.callback is not None:
                 self.callback(step, x_t, x_0)
         return x_t

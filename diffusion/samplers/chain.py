@@ -7,7 +7,7 @@ from torch import Tensor
 
 from diffusion.diffusion import Diffusion, Prediction, Step
 
-Moments = Iterator[tuple[Tensor, Tensor]]
+Trajectory = Iterator[tuple[Tensor, Tensor]]
 """(x_t, predicted x_0) after each step."""
 
 

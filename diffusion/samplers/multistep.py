@@ -7,14 +7,14 @@ fit to the predictions of `x_0`. In the step to the data, h is infinite and the 
 
 from torch import Tensor
 
-from diffusion.samplers.chain import Chain, Moments
+from diffusion.samplers.chain import Chain, Trajectory
 from diffusion.transition import Images, Transition
 
 Earlier = tuple[Tensor, Tensor]
 """`x_0` predicted at an earlier time, and h of the step from there."""
 
 
-def dpmpp_2m(chain: Chain, x_t: Images) -> Moments:
+def dpmpp_2m(chain: Chain, x_t: Images) -> Trajectory:
     """DPM-Solver++(2M) (Lu et al. 2022b, algorithm 2): each step also uses the previous prediction of `x_0`."""
     earlier = None
     for t, at in chain.steps:
@@ -25,7 +25,7 @@ def dpmpp_2m(chain: Chain, x_t: Images) -> Moments:
         yield x_t, x_0
 
 
-def dpmpp_2m_sde(chain: Chain, x_t: Images) -> Moments:
+def dpmpp_2m_sde(chain: Chain, x_t: Images) -> Trajectory:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022b, section 5): the same for the reverse-time SDE."""
     earlier = None
     for t, at in chain.steps:
@@ -38,7 +38,7 @@ def dpmpp_2m_sde(chain: Chain, x_t: Images) -> Moments:
         yield x_t, x_0
 
 
-def dpmpp_3m(chain: Chain, x_t: Images) -> Moments:
+def dpmpp_3m(chain: Chain, x_t: Images) -> Trajectory:
     """DPM-Solver++(3M) as published (Lu et al. 2022b, appendix B, and its code).
 
     It fits a parabola to the last three predictions and halves its quadratic term. That makes it of order 2, but with
@@ -47,12 +47,12 @@ def dpmpp_3m(chain: Chain, x_t: Images) -> Moments:
     return integrate_parabolas(chain, x_t, curvature_weight=0.5)
 
 
-def exponential_ab3(chain: Chain, x_t: Images) -> Moments:
+def exponential_ab3(chain: Chain, x_t: Images) -> Trajectory:
     """Exponential Adams-Bashforth method of order 3 (Hochbruck and Ostermann 2010, section 2.5)."""
     return integrate_parabolas(chain, x_t, curvature_weight=1.0)
 
 
-def integrate_parabolas(chain: Chain, x_t: Images, curvature_weight: float) -> Moments:
+def integrate_parabolas(chain: Chain, x_t: Images, curvature_weight: float) -> Trajectory:
     """Integrate a parabola through the last three predictions, its quadratic term scaled by `curvature_weight`. The
     first two steps and the step to the data are of lower order."""
     earlier: list[Earlier] = []  # newest first
@@ -70,7 +70,7 @@ def integrate_parabolas(chain: Chain, x_t: Images, curvature_weight: float) -> M
         yield x_t, x_0
 
 
-def unipc(chain: Chain, x_t: Images) -> Moments:
+def unipc(chain: Chain, x_t: Images) -> Trajectory:
     """UniPC of order 2 with B(h) = e^h - 1 (Zhao et al. 2023, algorithms 1 and 2).
 
     The predictor is DPM-Solver++(2M). The corrector reuses the prediction at the end of the step, without a further

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import torch
 
-from diffusion.samplers.chain import Chain, Moments
+from diffusion.samplers.chain import Chain, Trajectory
 from diffusion.transition import Images, Transition
 
 
-def ddpm(chain: Chain, x_t: Images) -> Moments:
+def ddpm(chain: Chain, x_t: Images) -> Trajectory:
     """Ancestral sampling with the diffusion's own variances (Ho et al. 2020, algorithm 2)."""
     for t, at in chain.steps:
         prediction = chain.denoise(x_t, t, at)
@@ -19,7 +19,7 @@ def ddpm(chain: Chain, x_t: Images) -> Moments:
         yield x_t, prediction.x_0
 
 
-def ddim(chain: Chain, x_t: Images, *, eta: Annotated[float, "[0, 1]"] = 0.0) -> Moments:
+def ddim(chain: Chain, x_t: Images, *, eta: Annotated[float, "[0, 1]"] = 0.0) -> Trajectory:
     """DDIM (Song et al. 2021, eq. 12); `eta` scales its noise from 0 to that of ancestral sampling at 1 (eq. 16)."""
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
@@ -30,7 +30,7 @@ def ddim(chain: Chain, x_t: Images, *, eta: Annotated[float, "[0, 1]"] = 0.0) ->
         yield x_t, x_0
 
 
-def euler(chain: Chain, x_t: Images) -> Moments:
+def euler(chain: Chain, x_t: Images) -> Trajectory:
     """Euler's method for the probability flow `dx = x_0 dalpha + noise dsigma`; the same as DDIM at `eta` 0."""
     for t, at in chain.steps:
         x_0, noise, _ = chain.denoise(x_t, t, at)
@@ -38,7 +38,7 @@ def euler(chain: Chain, x_t: Images) -> Moments:
         yield x_t, x_0
 
 
-def average_velocity_steps(chain: Chain, x_t: Images) -> Moments:
+def average_velocity_steps(chain: Chain, x_t: Images) -> Trajectory:
     """Steps by the average velocity, `x_r = x_t - (t - r) u(x_t, r, t)`, exact for any length (Geng et al. 2025,
     algorithm 2; Frans et al. 2024, algorithm 2)."""
     for t, at in chain.steps:
@@ -48,7 +48,7 @@ def average_velocity_steps(chain: Chain, x_t: Images) -> Moments:
         yield x_t, x_0
 
 
-def euler_maruyama(chain: Chain, x_t: Images) -> Moments:
+def euler_maruyama(chain: Chain, x_t: Images) -> Trajectory:
     """Euler-Maruyama method for the reverse-time SDE (Song et al. 2021b, eq. 6). It is an Euler step on the probability
     flow, followed by a Langevin step with the variance of q(x_t | x_s), at most 2 sigma_t sigma_s."""
     for t, at in chain.steps:
@@ -61,7 +61,7 @@ def euler_maruyama(chain: Chain, x_t: Images) -> Moments:
         yield x_t, x_0
 
 
-def heun(chain: Chain, x_t: Images, *, churn: Annotated[float, "[0, inf)"] = 0.0) -> Moments:
+def heun(chain: Chain, x_t: Images, *, churn: Annotated[float, "[0, inf)"] = 0.0) -> Trajectory:
     """Heun's method for `dx = x_0 dalpha + noise dsigma` (Karras et al. 2022, algorithm 2). `churn` is the amount of
     noise added over all steps, S_churn of the paper. Each step calls the model twice, except that to the data."""
     next_steps = [*chain.steps[1:], None]

@@ -5,12 +5,12 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from diffusion.diffusion import Diffusion, Step
-from diffusion.paths import Path, check_num_steps
-from diffusion.samplers.chain import Chain, Moments
+from diffusion.paths import ProbabilityPath, check_num_steps
+from diffusion.samplers.chain import Chain, Trajectory
 from diffusion.transition import Images, Level, Timesteps, Transition
 
 
-def iterated_denoising(chain: Chain, x_t: Images) -> Moments:
+def iterated_denoising(chain: Chain, x_t: Images) -> Trajectory:
     """Sample by denoising and adding noise of the same level, in turn.
 
     If the model sampled from `p(x_0 | x_t)`, the stationary distribution of this Markov chain would be that of the data
@@ -24,7 +24,7 @@ def iterated_denoising(chain: Chain, x_t: Images) -> Moments:
         yield x_t, x_0
 
 
-class SingleLevel(Path):
+class SingleLevel(ProbabilityPath):
     """Path with a single time, 0, and constant alpha and sigma."""
 
     max_time = 0

@@ -47,7 +47,7 @@ def ones(at: AtLevel) -> Tensor:
 
 
 # Targets of every path. A path may define more: a flow its `velocity`, EDM its `F`.
-PREDICTIONS = {
+TARGETS = {
     "epsilon": Target(data=None, noise=ones),  # Ho et al. 2020, eq. 14 and 15
     "x_0": Target(data=ones, noise=None),
     "v": Target(data=lambda at: -at.sigma, noise=lambda at: at.alpha),  # Salimans and Ho 2022, appendix D
