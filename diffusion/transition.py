@@ -59,14 +59,14 @@ class Transition(NamedTuple):
         return steps._replace(log_variance_min=torch.cat([floor, steps.log_variance_min[1:]]))
 
     @property
-    def contraction(self) -> Tensor:
-        """`e^-rise`: 0 for a step to the data or from pure noise."""
+    def exp_neg_h(self) -> Tensor:
+        """`e^-h`: 0 for a step to the data or from pure noise."""
         return self.alpha * self.sigma_next / (self.sigma * self.alpha_next)
 
     @property
-    def rise(self) -> Tensor:
-        """The increase of `log(alpha / sigma)` in the step, often called h."""
-        return -self.contraction.log()
+    def h(self) -> Tensor:
+        """The increase of `log(alpha / sigma)` in the step."""
+        return -self.exp_neg_h.log()
 
     def posterior_mean(self, x_0: Images, x_t: Images) -> Images:
         """Return the mean of `q(x_s | x_t, x_0)`."""

@@ -20,8 +20,8 @@ def dpmpp_2m(chain: Chain, x_t: Images) -> Trajectory:
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
         constant = extrapolate(x_0, at, earlier)
-        x_t = at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.contraction) * constant
-        earlier = x_0, at.rise
+        x_t = at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.exp_neg_h) * constant
+        earlier = x_0, at.h
         yield x_t, x_0
 
 
@@ -30,11 +30,11 @@ def dpmpp_2m_sde(chain: Chain, x_t: Images) -> Trajectory:
     earlier = None
     for t, at in chain.steps:
         x_0 = chain.denoise(x_t, t, at).x_0
-        constant, decay = extrapolate(x_0, at, earlier), at.contraction**2  # e^-2h
-        x_t = at.sigma_next / at.sigma * at.contraction * x_t + at.alpha_next * (1 - decay) * constant
+        constant, decay = extrapolate(x_0, at, earlier), at.exp_neg_h**2
+        x_t = at.sigma_next / at.sigma * at.exp_neg_h * x_t + at.alpha_next * (1 - decay) * constant
         if at.sigma_next > 0:
             x_t = x_t + at.sigma_next * (1 - decay).sqrt() * chain.draw_noise()
-        earlier = x_0, at.rise
+        earlier = x_0, at.h
         yield x_t, x_0
 
 
@@ -61,12 +61,12 @@ def integrate_parabolas(chain: Chain, x_t: Images, curvature_weight: float) -> T
         slope = curvature = 0.0
         if earlier and at.sigma_next > 0:
             (x_0_1, h_1), *older = earlier
-            slope = (x_0 - x_0_1) * (at.rise / h_1)
+            slope = (x_0 - x_0_1) * (at.h / h_1)
             if older:
                 ((x_0_2, h_2),) = older
-                slope, curvature = fit_parabola(x_0, (-h_1 / at.rise, x_0_1), (-(h_1 + h_2) / at.rise, x_0_2))
+                slope, curvature = fit_parabola(x_0, (-h_1 / at.h, x_0_1), (-(h_1 + h_2) / at.h, x_0_2))
         x_t = integrate(x_t, at, x_0, slope, curvature_weight * curvature)
-        earlier = [(x_0, at.rise), *earlier[:1]]
+        earlier = [(x_0, at.h), *earlier[:1]]
         yield x_t, x_0
 
 
@@ -83,8 +83,8 @@ def unipc(chain: Chain, x_t: Images) -> Trajectory:
             x_t = correct(*last_step, x_0)
         last_step = x_t, at, x_0, earlier
         constant = extrapolate(x_0, at, earlier)
-        x_t = at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.contraction) * constant
-        earlier = x_0, at.rise
+        x_t = at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.exp_neg_h) * constant
+        earlier = x_0, at.h
         yield x_t, x_0
 
 
@@ -93,15 +93,15 @@ def extrapolate(x_0: Tensor, at: Transition, earlier: Earlier | None) -> Tensor:
     if earlier is None or at.sigma_next == 0:
         return x_0
     x_0_before, h_before = earlier
-    return x_0 + at.rise / (2 * h_before) * (x_0 - x_0_before)
+    return x_0 + at.h / (2 * h_before) * (x_0 - x_0_before)
 
 
 def correct(x_t: Tensor, at: Transition, x_0: Tensor, earlier: Earlier | None, x_0_after: Tensor) -> Tensor:
     """Repeat a step from `x_t`, now that the prediction at its end, `x_0_after`, is known."""
     if earlier is None:
-        return at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.contraction) * (x_0 + x_0_after) / 2
+        return at.sigma_next / at.sigma * x_t + at.alpha_next * (1 - at.exp_neg_h) * (x_0 + x_0_after) / 2
     x_0_before, h_before = earlier
-    return integrate(x_t, at, x_0, *fit_parabola(x_0, (1.0, x_0_after), (-h_before / at.rise, x_0_before)))
+    return integrate(x_t, at, x_0, *fit_parabola(x_0, (1.0, x_0_after), (-h_before / at.h, x_0_before)))
 
 
 def fit_parabola(
@@ -116,7 +116,7 @@ def fit_parabola(
 
 def integrate(x_t: Tensor, at: Transition, x_0: Tensor, slope: Tensor | float, curvature: Tensor | float) -> Tensor:
     """Return the exact solution of a step along which `x_0` is a parabola in u."""
-    phi_1 = 1 - at.contraction  # integrals of h e^(-h (1 - u)) times 1, u and u^2
-    phi_2 = 1 - phi_1 / at.rise
-    phi_3 = 1 - 2 * phi_2 / at.rise
+    phi_1 = 1 - at.exp_neg_h  # integrals of h e^(-h (1 - u)) times 1, u and u^2
+    phi_2 = 1 - phi_1 / at.h
+    phi_3 = 1 - 2 * phi_2 / at.h
     return at.sigma_next / at.sigma * x_t + at.alpha_next * (phi_1 * x_0 + phi_2 * slope + phi_3 * curvature)
