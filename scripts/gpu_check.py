@@ -199,7 +199,7 @@ def attention(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
     tiles with separate ones. On a GPU all kernels must be fused."""
     import torch
 
-    from models.layers import launches
+    from models.layers import kernel_launches
     from training import speed
 
     model, (x_0, y) = speed.backbone(name, side, **args).eval(), speed.latents(batch, side)
@@ -211,11 +211,11 @@ def attention(name: str, side: int, batch: int, args: Args) -> dict[str, Any]:
     if torch.cuda.is_available() and (not kernels or any("math" in kernel for kernel in kernels)):
         raise ValueError(f"attention is not fused: {dict(kernels) or 'none of its kernels is known'}")
     speed.wake(model)
-    usual, outputs = launches.AT_ONCE, []
-    for launches.AT_ONCE in ({x_0.device.type}, set[str]()):
+    usual, outputs = kernel_launches.FUSED_DEVICES, []
+    for kernel_launches.FUSED_DEVICES in ({x_0.device.type}, set[str]()):
         with torch.no_grad():
             outputs.append(model(x_0, y.float(), y))
-    launches.AT_ONCE = usual
+    kernel_launches.FUSED_DEVICES = usual
     gap = ((outputs[0] - outputs[1]).norm() / outputs[1].norm().clamp(min=1e-9)).item()
     if gap > 1e-3:
         raise ValueError(f"windows in shared tiles are {gap:.1e} off separate ones, in float32")

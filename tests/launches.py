@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import create_model
 from models.layers import window
-from training.preparation import cast_at_once
+from training.preparation import fuse_weight_casts
 
 ROOT = Path(__file__).resolve().parent.parent
 aten = torch.ops.aten
@@ -118,7 +118,7 @@ if __name__ == "__main__":
     name, side, mode = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     model = create_model(name, input_size=side, in_channels=4, out_channels=8, num_classes=101)
     if mode == "training":
-        cast_at_once(model.train())
+        fuse_weight_casts(model.train())
     else:
         model.eval()
     launches = count_launches(model)

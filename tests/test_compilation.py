@@ -28,12 +28,12 @@ from diffusion import GaussianDiffusion
 from experiment.config import SamplingConfig
 from models import create_model
 from models.compilation import compile_blocks
-from models.layers import launches
+from models.layers import kernel_launches
 from sampling.checks import Unlabelled
 from sampling.generation import Generator, generate
 
 warnings.filterwarnings("error", message="Dynamo detected a call to a `functools.lru_cache`")
-name, launches.AT_ONCE, worse = sys.argv[1], {sys.argv[2]}, sys.argv[3]
+name, kernel_launches.FUSED_DEVICES, worse = sys.argv[1], {sys.argv[2]}, sys.argv[3]
 
 
 class Floats(PixelCodec):

@@ -25,7 +25,7 @@ from training.alignment import open_alignment
 from training.batches import Batches
 from training.objective import Objective, build_auxiliary, clean_time, objective_class
 from training.optimizer import Optimizers, build_optimizers
-from training.preparation import join_casts, recompute_blocks, share_batch_norms
+from training.preparation import fuse_casts_where_useful, recompute_blocks, share_batch_norms
 from training.run import Run, open_run
 
 
@@ -106,7 +106,7 @@ def prepare(run: Run[ExperimentConfig], model: Backbone, objective: Objective) -
         recompute_blocks(model, accelerator.device)
     if config.train.compile:
         compile_blocks(model, flag="--train.compile")
-    join_casts(model, config.train, accelerator)
+    fuse_casts_where_useful(model, config.train, accelerator)
     weights, fsdp = weights_of(model), getattr(accelerator.state, "fsdp_plugin", None)
     if fsdp is not None and isinstance(fsdp.cpu_offload, CPUOffloadPolicy):  # as FSDP then has them
         weights = {name: weight.cpu() for name, weight in weights.items()}

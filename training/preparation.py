@@ -17,7 +17,7 @@ from experiment.config import TrainConfig
 from machine.precision import precision_of
 from models import ModelSpec
 from models.backbone import MULTIPLYING, Backbone
-from models.layers.launches import AT_ONCE, Casting, Uncast
+from models.layers.kernel_launches import FUSED_DEVICES, FusedWeightCasts, KeepFloat32
 from models.layers.style import DropPath
 
 SLOW_SECONDS, LARGE = 3600, 10e6  # trainings longer than this, of more parameters, get a hint at smaller configurations
@@ -68,25 +68,25 @@ def recompute_blocks(model: Backbone, device: torch.device) -> None:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def join_casts(model: Backbone, config: TrainConfig, accelerator: Accelerator) -> None:
-    """Cast the weights of a block to bf16 together, which takes fewer kernel launches than autocast does
-    (`models.layers.launches`). Compiled blocks fuse their casts anyway; recomputed blocks, FSDP and adapters leave
-    casting to autocast."""
-    is_useful = accelerator.device.type in AT_ONCE and precision_of(accelerator) == "bf16"
+def fuse_casts_where_useful(model: Backbone, config: TrainConfig, accelerator: Accelerator) -> None:
+    """Cast the weights of a block to bf16 together, which takes fewer kernel launches than autocast does (see
+    `models.layers.kernel_launches`). Compiled blocks fuse their casts anyway; recomputed blocks, FSDP and adapters
+    leave casting to autocast."""
+    is_useful = accelerator.device.type in FUSED_DEVICES and precision_of(accelerator) == "bf16"
     has_own_casts = config.compile or config.recompute or config.adapter
     if is_useful and not has_own_casts and accelerator.distributed_type is not DistributedType.FSDP:
-        cast_at_once(model)
+        fuse_weight_casts(model)
 
 
-def cast_at_once(model: Backbone) -> None:
-    """Add a `Casting` to each repeated block, and one for the layers outside of them."""
+def fuse_weight_casts(model: Backbone) -> None:
+    """Add a `FusedWeightCasts` to each repeated block, and one for the layers outside of them."""
     done: set[nn.Module] = set()
     for module in (*model.repeated_blocks(), model):
-        uncast = {layer for part in module.modules() if isinstance(part, Uncast) for layer in part.modules()}
+        uncast = {layer for part in module.modules() if isinstance(part, KeepFloat32) for layer in part.modules()}
         layers = [layer for layer in module.modules() if isinstance(layer, MULTIPLYING) and layer not in done | uncast]
         done.update(layers)
         if layers:
-            Casting(module, layers)
+            FusedWeightCasts(module, layers)
 
 
 def forecast(

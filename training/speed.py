@@ -29,12 +29,12 @@ from metrics.cost import throughput
 from models import create_model
 from models.backbone import Backbone
 from models.compilation import compile_blocks
-from models.layers.launches import AT_ONCE
+from models.layers.kernel_launches import FUSED_DEVICES
 from training.batches import Batches
 from training.meter import memory_gb
 from training.objective import Objective
 from training.optimizer import build_optimizer
-from training.preparation import cast_at_once
+from training.preparation import fuse_weight_casts
 
 NUM_CLASSES = 101
 GAUSSIAN = GaussianDiffusion()
@@ -87,8 +87,8 @@ def training_step(
         group["capturable"] = not reads
     if compile:
         compile_blocks(model)
-    elif precision == "bf16" and benchmark_device().type in AT_ONCE:
-        cast_at_once(model)
+    elif precision == "bf16" and benchmark_device().type in FUSED_DEVICES:
+        fuse_weight_casts(model)
     loss_of = autocasting(precision, lambda: diffusion.training_loss(model, *batch())["loss"].mean())
 
     def step() -> Tensor:

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from models.layers import Cond, FusedOutputs
 from models.layers.initialisation import zero_
-from models.layers.launches import Uncast, at_once
+from models.layers.kernel_launches import KeepFloat32, fuses_launches
 
 Features = Float[Tensor, "b *axes d"]
 
@@ -22,7 +22,7 @@ def _broadcast(values: Float[Tensor, "b d"], x: Features) -> Tensor:
     return values.view(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])  # torch.export would take len(x) for a constant
 
 
-class CondLinear(nn.Linear, Uncast):
+class CondLinear(nn.Linear, KeepFloat32):
     """A linear layer of the conditioning, plus a constant `base` that is its output while its weights are zero. Where
     `ConditioningLayers` has computed these layers for the whole network, it only takes its slice."""
 
@@ -105,8 +105,8 @@ class ConditioningLayers(nn.Module):
     for attention, `cond -> [b 1 d]` or None.
 
     Called with the conditioning, it computes the linear layers of all these modules by one matrix product, where that
-    saves launches (see `launches`); otherwise it returns the conditioning, and each module computes its own. The latter
-    holds under LoRA, which wraps the linear layers, and under FSDP, which gathers weights block by block.
+    saves launches (see `kernel_launches`); otherwise it returns the conditioning, and each module computes its own. The
+    latter holds under LoRA, which wraps the linear layers, and under FSDP, which gathers weights block by block.
     """
 
     def __init__(self, kind: str, cond_dim: int) -> None:
@@ -134,7 +134,7 @@ class ConditioningLayers(nn.Module):
 
     def forward(self, cond: Float[Tensor, "b cond"]) -> Cond:
         linears = [part.linear for part in self.parts]
-        if not at_once(cond) or not linears or not all(isinstance(linear, CondLinear) for linear in linears):
+        if not fuses_launches(cond) or not linears or not all(isinstance(linear, CondLinear) for linear in linears):
             return cond
         if any(isinstance(linear.weight, DTensor) for linear in linears):
             # From now on each module computes its own: FSDP may leave weights unsharded for a while, but does not

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from models.layers import Cond, Grid
 from models.layers.attention import CrossAttention, attend, check_heads, make_qk_norms
-from models.layers.launches import Uncast, at_once, autocast_dtype, without_autocast
+from models.layers.kernel_launches import KeepFloat32, autocast_dtype, fuses_launches, without_autocast
 from models.layers.modulation import ConditioningLayers
 from models.layers.style import BlockStyle
 
@@ -23,7 +23,7 @@ TILE = 8  # side, in tokens, of the tiles in which windows are batched where lau
 
 def tile_side(window_size: int, x: Tensor) -> int:
     """Return the side of a tile for windows of this size: one window, or as many as fit into `TILE`."""
-    return max(1, TILE // window_size) * window_size if at_once(x) else window_size
+    return max(1, TILE // window_size) * window_size if fuses_launches(x) else window_size
 
 
 class Windows:
@@ -147,7 +147,7 @@ def _offsets(size: int, tile: Pair, device: torch.device) -> Int64[Tensor, "n n"
         return row * (2 * size - 1) + column
 
 
-class ContinuousPositionBias(nn.Module, Uncast):
+class ContinuousPositionBias(nn.Module, KeepFloat32):
     """Log-spaced continuous position bias of Swin V2, `16 sigmoid(mlp(offset))` (Liu et al. 2022, section 3.3), of each
     offset that `Windows.offsets` numbers."""
 
@@ -250,7 +250,7 @@ def temperature_of(logit_scale: Float[Tensor, "k 1 1"]) -> Float[Tensor, "k 1 1"
 
 class Precomputation(nn.Module):
     """Computes what the window attentions of a network need of their weights, for all of them at once where that saves
-    launches (see `launches`). The attentions have one window size.
+    launches (see `kernel_launches`). The attentions have one window size.
 
     Called with the network's input, it returns a `Precomputed` for each attention. Elsewhere, under LoRA and under FSDP
     (see `modulation.ConditioningLayers`) it returns none, and each attention computes its own.
@@ -269,7 +269,7 @@ class Precomputation(nn.Module):
             self.attentions = []
         firsts: list[Any] = [attention.position_bias.mlp[0] for attention in self.attentions]
         lasts: list[Any] = [attention.position_bias.mlp[2] for attention in self.attentions]
-        if not at_once(x) or not firsts or not all(isinstance(layer, nn.Linear) for layer in (*firsts, *lasts)):
+        if not fuses_launches(x) or not firsts or not all(isinstance(layer, nn.Linear) for layer in (*firsts, *lasts)):
             return {}
         heads = [attention.num_heads for attention in self.attentions]
         with without_autocast(x):
@@ -297,7 +297,7 @@ def cosine(q: Heads, k: Heads, temperature: Float[Tensor, "k 1 1"]) -> tuple[Hea
     On GPUs it uses RMS norm, which is a single kernel; the variant for CPUs takes little more than half the time of
     `F.normalize`.
     """
-    if at_once(q):
+    if fuses_launches(q):
         with without_autocast(q):  # autocast would run the norm in float32
             q, k = (F.rms_norm(x, x.shape[-1:], eps=1e-24) for x in (q, k))
         return q * temperature, k, 1 / q.shape[-1]

@@ -1,10 +1,10 @@
 """Batching of small operations, to save kernel launches on GPUs.
 
 Where operations are small, a GPU spends its time on kernel launches and a CPU on arithmetic. On the device types in
-`AT_ONCE`, several windows share a tile (`window.Windows`), one kernel normalises queries and keys (`window.cosine`),
-one matrix product computes the modulation of all layers (`modulation.ConditioningLayers`), and the position biases and
-temperatures of all attentions are computed together (`window.Precomputation`). Results are the same on all
-devices, to rounding. `Casting` batches the casts that autocast makes of a block's weights.
+`FUSED_DEVICES`, several windows share a tile (`window.Windows`), one kernel normalises queries and keys
+(`window.cosine`), one matrix product computes the modulation of all layers (`modulation.ConditioningLayers`), and the
+position biases and temperatures of all attentions are computed together (`window.Precomputation`). Results are the same
+on all devices, to rounding. `FusedWeightCasts` batches the casts that autocast makes of a block's weights.
 """
 
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-AT_ONCE = {"cuda"}
+FUSED_DEVICES = {"cuda"}
 
 
-def at_once(x: Tensor) -> bool:
+def fuses_launches(x: Tensor) -> bool:
     """Whether the device of `x` is one where launches are batched."""
-    return x.device.type in AT_ONCE
+    return x.device.type in FUSED_DEVICES
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -35,11 +35,11 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if autocast_dtype(x) is None else torch.autocast(x.device.type, enabled=False)
 
 
-class Uncast:
-    """Mixin of modules whose weights `Casting` must not cast."""
+class KeepFloat32:
+    """Mixin of modules whose weights `FusedWeightCasts` must not cast."""
 
 
-class Casting:
+class FusedWeightCasts:
     """Casts the weights of some layers inside a module by one launch, while the module runs under autocast. Autocast
     itself casts weights one by one. The layers keep their float32 parameters between calls."""
 
@@ -58,7 +58,7 @@ class Casting:
         ]
         device_type = weights[0][2].device.type if weights else "cpu"
         if weights and torch.is_autocast_enabled(device_type):
-            casts = Cast.apply(torch.get_autocast_dtype(device_type), *(weight for _, _, weight in weights))
+            casts = FusedCast.apply(torch.get_autocast_dtype(device_type), *(weight for _, _, weight in weights))
             for (parameters, name, _weight), cast in zip(weights, casts, strict=True):
                 parameters[name] = cast
             self.replaced = weights
@@ -69,7 +69,7 @@ class Casting:
         self.replaced = []
 
 
-class Cast(torch.autograd.Function):
+class FusedCast(torch.autograd.Function):
     """Casts float32 tensors to another dtype in one launch, and their gradients back to float32."""
 
     @staticmethod
