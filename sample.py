@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Generate samples from a checkpoint, with the model, diffusion, autoencoder and settings that it was trained with.
+    """Generate samples from a checkpoint, with the model, diffusion, autoencoder and settings of its training.
 
     Args:
         checkpoint: a run's folder, a checkpoint, its ema.safetensors, hf://owner/name, or 'embedded'
@@ -38,17 +38,17 @@ class SampleConfig:
         num_per_class: images per class
         seed: image i depends only on the seed, i and its label
         sampling: overrides of the checkpoint's settings; --guidance_scale is short for --sampling.guidance_scale, etc.
-        batch_size: images per batch, on each process; by default 64, of small models on a GPU 512
+        batch_size: images per batch and process; by default 64, for small models on a GPU 512
         panel: also write a picture of this many steps of the sampling trajectory: x_t above, predicted x_0 below
-        stages: of a diffusion that samples in several stages: also write a picture of their outputs, side by side
-        reconstruct: instead of samples: noise held-out images to this time, and denoise them in one step and in all
-        interpolate: instead of samples: this many images between the first class and the last
+        stages: for a diffusion with several stages: also write a picture of their outputs, side by side
+        reconstruct: instead of samples: noise held-out images to this time, and denoise them in one and in all steps
+        interpolate: instead of samples: this many images from the first class to the last
         to_seed: with --interpolate: the seed at the other end
         precision: 'auto' (bf16 if the device has instructions for it, else fp32), 'fp32' or 'bf16'
         compile: torch.compile the backbone's blocks ('blocks'), and launch each as a CUDA graph ('graphs'); it takes
             seconds to minutes (docs/performance.md), and the images are the same up to rounding
-        autoencoder: replaces the checkpoint's, for example by a local folder when the hub is out of reach
-        imports: modules or .py files with samplers etc. of your own (docs/extending.md), if they have moved
+        autoencoder: replaces the checkpoint's, for example with a local folder if the hub is unreachable
+        imports: modules or .py files with custom samplers etc. (docs/extending.md), if they have moved
         data: with --reconstruct: where the held-out images are now (--data.path)
     """
 
@@ -72,7 +72,7 @@ class SampleConfig:
 
 
 def main(config: SampleConfig) -> None:
-    """Load the checkpoint; generate samples, or an interpolation or reconstructions in their place."""
+    """Load the checkpoint; generate samples, an interpolation or reconstructions."""
     with without_garbage_collection():
         from experiment import inputs
         from machine.accelerator import from_main
@@ -97,7 +97,7 @@ def main(config: SampleConfig) -> None:
 
 
 def generate_samples(config: SampleConfig, pipeline: "Pipeline", generator: "Generator", output: Path) -> None:
-    """Write the samples, and the pictures of their denoising and of their stages that are asked for."""
+    """Write the samples and, if requested, pictures of their denoising and of their stages."""
     from sampling.generation import stream
     from sampling.grids import check_size, save_grid
     from sampling.panels import DenoisingPanel, StagesPanel
@@ -108,7 +108,7 @@ def generate_samples(config: SampleConfig, pipeline: "Pipeline", generator: "Gen
     generator = replace(generator, callback=panel, on_stage=stages)
     layout = grid_layout(generator.labels, pipeline.classes, config.num_per_class)
     check_size(output, len(generator.labels), generator.image_size, **layout)
-    for name, drawn in pictures.items():  # of which there are few rows
+    for name, drawn in pictures.items():  # they have few rows
         columns = len(drawn.column_names)
         check_size(second_output(output, name), columns, generator.image_size, columns)
     batches = stream(generator, batch_size=config.batch_size)
@@ -235,7 +235,7 @@ def check_flags(config: SampleConfig) -> None:
 
 
 def second_output(output: Path, name: str) -> Path:
-    """Path of a second picture, beside the output, where it is not mistaken for a sample."""
+    """Path of a second picture, next to the output, where it is not mistaken for a sample."""
     ending = output.suffix if output.suffix.lower() in (*PICTURES, ".npz") else ""
     return output.with_name(f"{output.name.removesuffix(ending)}-{name}{ending.replace('.npz', '') or '.png'}")
 

@@ -18,12 +18,12 @@ class SweptSampling(SamplingConfig):
 
 @unset
 class EvaluationFlags(EvaluationConfig):
-    """Overrides of the checkpoint's settings for scoring."""
+    """Overrides of the checkpoint's scoring settings."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(EvaluationFlags):
-    """Score samples against real images. The sections `evaluation` and `sampling` of a run give the defaults.
+    """Score samples against real images. The defaults are the sections `evaluation` and `sampling` of the run.
 
     Args:
         samples: a run or checkpoint to sample from (or its name), a folder or zip of images, or an npz
@@ -31,30 +31,31 @@ class EvaluateConfig(EvaluationFlags):
         reference: an npz with mu and sigma, arr_0 or both (ADM's format), instead of the held-out images; ADM's files
             for ImageNet are downloaded by name
         write_reference: write the held-out images and their moments to such an npz
-        num_samples: images to generate, or to take; by default as many as there are held-out images
+        num_samples: images to generate, or to use of a fixed set; by default as many as there are held-out images
         trials: number of seeds, starting with `seed`; reports mean and standard deviation
         sampling: overrides of the checkpoint's settings; --guidance_scale is short for --sampling.guidance_scale, etc.
             With several values, such as 1,1.5,2, each combination is a row
         baselines: also score real training images (the floor) and their reconstructions by the autoencoder (the
             ceiling); for metrics by class, held-out images and their reconstructions
-        per_class: also the Fréchet distance within each class that has 50 images or more
+        per_class: also compute the Fréchet distance within each class that has 50 images or more
         memorisation: also find each sample's nearest training image
-        likelihood: also the log-likelihood of this many held-out images in bits per dimension (Song et al. 2021), with
-            about 800 calls of the model for each; 0: none
+        likelihood: also compute the bits per dimension of this many held-out images (Song et al. 2021), with about 800
+            model calls each; 0: none
         self_check: only check metrics and extractor on inputs with known answers
-        output: JSON file, with pictures beside it; by default scores.json in the run's folder (scores-WHICH.json if the
-            weights are not the newest), NAME-scores.json beside a fixed set, autoencoder.json in an autoencoder's own
-            folder, or NAMES-autoencoder.json here for several, embedded ones, or the hub's
-        latex: also write the table for LaTeX (booktabs), as .tex beside the JSON, with the runs' names as rows
+        output: JSON file, with pictures next to it; by default scores.json in the run's folder (scores-WHICH.json if
+            the weights are not the newest), NAME-scores.json next to a fixed set, autoencoder.json in an autoencoder's
+            folder, or NAMES-autoencoder.json here for several, embedded ones, or those of the hub
+        latex: also write the table for LaTeX (booktabs), as .tex next to the JSON, with the runs' names as rows
         seed: seed of samples and of subsets
         precision: of sampling: 'auto' (bf16 if the device has instructions for it, else fp32), 'fp32' or 'bf16'
-        compile: of sampling: torch.compile the backbone's blocks ('blocks'), and launch each as a CUDA graph ('graphs')
+        compile: for sampling, torch.compile the backbone's blocks ('blocks'), and launch each as a CUDA graph
+            ('graphs')
         autoencoder: replaces the checkpoint's; without samples, the one to measure, or several separated by commas
         perceptual: for measuring autoencoders, the network that compares images: 'lpips', 'vgg19', or a .pt2 or
-            TorchScript file (maps images from 0 to 255 to features; a program: run only what you trust)
-        heads: for 'lpips', file of its weights v0.1 for VGG16; null downloads it
-        imports: modules or .py files with samplers, metrics etc. of your own (docs/extending.md), if they have moved
-        data: images of the reference, without a checkpoint or if they have moved (--data.path)
+            TorchScript file (maps images in 0..255 to features; a program: run only what you trust)
+        heads: for 'lpips': file with its v0.1 weights for VGG16; null downloads it
+        imports: modules or .py files with custom samplers, metrics etc. (docs/extending.md), if they have moved
+        data: reference images, if there is no checkpoint or they have moved (--data.path)
     """
 
     samples: str | None = reads("samples", None)

@@ -1,5 +1,5 @@
-"""The configuration of a training: frozen dataclasses, filled from YAML and flags. It holds no value that follows from
-others, and imports nothing heavy, so that `--help` answers at once."""
+"""The configuration of a training run: frozen dataclasses, filled from YAML and flags. It holds no derived values and
+imports nothing heavy, so that `--help` is instant."""
 
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -13,7 +13,7 @@ from experiment.run_config import BaseLogConfig, BaseTrainConfig, RunConfig
 from metrics.scores import DEFAULT, HELP
 from settings import SEEDS, reads, unset, within
 
-DEFAULT_EPOCHS = 100  # of a training that is given neither a number of epochs nor of steps
+DEFAULT_EPOCHS = 100  # if neither a number of epochs nor of steps is given
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class DataConfig:
     """Images and how they are read.
 
     Args:
-        path: folder or zip of images: one subfolder per class (below train/ and test/ or val/, if there are such), or a
+        path: folder or zip of images: one subfolder per class (below train/ and test/ or val/, if they exist), or a
             labels.csv (file,label), or no labels; or tar or parquet shards; or 'hf://owner/name', parquet shards on the
             hub; or 'shapes', the built-in procedural dataset
-        label_column: of parquet shards: the column with the classes; by default 'label', or the only one whose classes
-            have names
+        label_column: for parquet shards: the column with the classes; by default 'label', or the only one with named
+            classes
         image_size: side in pixels; images are cropped to their central square and resized if necessary
-        test_fraction: fraction of each class that is held out, if the source has no test split of its own
+        test_fraction: fraction of each class to hold out, if the source has no test split of its own
         split_seed: seed of that split
         train_fraction: fraction of each class's training images to train on; smaller fractions are subsets of larger
             ones, and the held-out images stay the same
@@ -38,8 +38,8 @@ class DataConfig:
         min_size: leave out images with a side shorter than this, in pixels, and report how many
         on_error: at a damaged image, 'stop' with its name, or 'skip' it and report how many
         flip: also train on horizontally flipped images
-        num_images: size of the training split of 'shapes'
-        difficulty: of 'shapes': 'easy', 'medium' or 'hard'
+        num_images: for 'shapes': size of the training split
+        difficulty: for 'shapes': 'easy', 'medium' or 'hard'
         cache: folder for encoded datasets, each in a subfolder that is built on first use
     """
 
@@ -68,7 +68,7 @@ class DataFlags(DataConfig):
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The diffusion and its objective. The settings are those of all kinds; null means the kind's default."""
+    """The diffusion and its objective: the settings of all kinds; null means the kind's default."""
 
     kind: str = "gaussian"
 
@@ -84,7 +84,7 @@ open_section(DiffusionConfig, DIFFUSIONS)
 
 @dataclass(frozen=True)
 class AuxiliaryConfig:
-    """A further loss term, computed on the predicted x_0 and weighted by alpha-bar.
+    """An additional loss term, computed on the predicted x_0 and weighted by alpha-bar.
 
     Args:
         kind: 'perceptual' (distance between a frozen network's features; for pixel space) or 'feature_matching'
@@ -104,8 +104,8 @@ class AuxiliaryConfig:
 @dataclass(frozen=True)
 class AlignmentConfig:
     """Alignment of the backbone's hidden states with a frozen network's features of the clean image: REPA (Yu et al.
-    2025) or iREPA (Singh et al. 2025). The features are computed once and cached beside the latents; sampling, scores
-    and the averaged weights do not use them.
+    2025) or iREPA (Singh et al. 2025). The features are computed once and cached next to the latents; sampling, scores
+    and EMA do not use them.
 
     Args:
         extractor: the frozen network: timm:NAME, or a .pt2 or TorchScript file that maps images in 0..255 to
@@ -133,13 +133,13 @@ class OptimConfig:
         warmup_steps: optimizer steps of linear warm-up
         decay: schedule after the warm-up: 'constant'; 'cosine' to zero; 'linear' to zero over the last decay_share of
             the steps (WSD, Hu et al. 2024; a constant run may be resumed with it at any time: Hägele et al. 2024); or
-            'step', by decay_factor every decay_epochs. Each phase of a training has its own schedule
+            'step', by decay_factor every decay_epochs. Each training phase has its own schedule
         decay_share: for 'linear': fraction of the steps
         decay_epochs: for 'step'
         decay_factor: for 'step'
         betas: decay rates of Adam's moments
         weight_decay: decoupled weight decay; norms, biases and embeddings are exempt
-        grad_clip: largest gradient norm; 0 turns clipping off
+        grad_clip: maximum gradient norm; 0 disables clipping
     """
 
     lr: float = within("(0, inf)", 1e-4)
@@ -156,7 +156,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(BaseTrainConfig):
-    """Length, batch size and precision of the training.
+    """Length, batch size and precision of training.
 
     Args:
         num_epochs: passes over the training split; 100 if num_steps is not given either
@@ -169,9 +169,9 @@ class TrainConfig(BaseTrainConfig):
         ema_profiles: lengths of power-function EMAs to keep, such as [0.05, 0.1]; see scripts/reconstruct_ema.py
         recompute: activation checkpointing of the backbone's blocks: less memory, a third more arithmetic, the same
             gradients
-        compile: torch.compile the backbone's blocks; docs/performance.md has its gain and cost
-        adapter: fine-tune init_from, most of its weights frozen: 'biases' trains label embeddings, biases, norms and
-            scales; 'lora' (Hu et al. 2021) trains these and low-rank matrices for the linear layers of the blocks
+        compile: torch.compile the backbone's blocks; for gain and cost see docs/performance.md
+        adapter: fine-tune init_from with most of its weights frozen: 'biases' trains label embeddings, biases, norms
+            and scales; 'lora' (Hu et al. 2021) trains these and low-rank matrices for the linear layers of the blocks
         adapter_rank: rank of 'lora'
     """
 
@@ -198,8 +198,8 @@ class SamplingConfig(SamplingOptions):
 
     Args:
         guidance_checkpoint: a smaller or less trained run to guide away from (autoguidance, Karras et al. 2024)
-        guidance_unlabelled: call that run with the null label, to guide away from the model that was fine-tuned,
-            whatever its classes were (Domain Guidance, Zhong et al. 2025)
+        guidance_unlabelled: call that run with the null label, to guide away from the model that fine-tuning started
+            from, whatever its classes (Domain Guidance, Zhong et al. 2025)
     """
 
     guidance_checkpoint: str | None = reads("checkpoint", None)
@@ -213,7 +213,7 @@ class SamplingFlags(SamplingConfig):
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """How samples are scored, by evaluate.py and during training alike.
+    """How samples are scored, by evaluate.py and during training.
 
     Args:
         extractor: 'inception', 'dinov2-*', 'clip-*', 'vgg16', 'timm:NAME' (any timm model), or a .pt2 (torch.export) or
@@ -225,7 +225,7 @@ class EvaluationConfig:
         labels: labels of the samples: 'balanced' (classes in turn), 'reference' (those of the held-out images) or
             'random'
         seed: seed of the samples
-        batch_size: images per batch, on each process
+        batch_size: images per batch and process
     """
 
     extractor: str = reads("name or file", "inception")
@@ -245,9 +245,9 @@ class LogConfig(BaseLogConfig):
     """What is logged and saved during training, and how often (in optimizer steps; 0: never).
 
     Args:
-        validate_every: loss of the averaged weights on the held-out split
-        evaluate_every: scores of samples of the averaged weights, with the settings of `evaluation`
-        best: measure whose best checkpoint is kept as checkpoints/best: 'validation_loss', or a score such as 'fid'
+        validate_every: loss of the EMA weights on the held-out split
+        evaluate_every: scores of samples from the EMA weights, with the settings of `evaluation`
+        best: metric whose best checkpoint is kept as checkpoints/best: 'validation_loss', or a score such as 'fid'
     """
 
     validate_every: int = within("[0, inf)", 1000)
@@ -261,17 +261,17 @@ class ExperimentConfig(RunConfig):
 
     Args:
         model: the backbone: XSwin, USwin, DiT-S/2, UViT-S/2, ... (an unknown name lists all)
-        model_args: arguments of the backbone's constructor that differ from the named model's
+        model_args: constructor arguments of the backbone, overriding those of the named model
         autoencoder: 'embedded', 'embedded-f8c16', 'embedded-taef2', 'pixel', a folder in diffusers' format, or a hub id
         imports: Python modules, by name or as .py files, that add backbones, samplers, ... (docs/extending.md)
         name: the run's folder is runs/<name>; by default the model's name
         resume: a run's folder, to continue from its newest intact checkpoint and configuration (model, autoencoder,
             diffusion and data cannot change); or 'auto', to continue this run if it exists and start it otherwise
-        init_from: a run or checkpoint (or hf://owner/name) whose averaged weights initialise a new run
+        init_from: a run or checkpoint (or hf://owner/name) whose EMA weights initialise a new run
         data: images and how they are read
         diffusion: the diffusion and its objective
-        auxiliary: further loss terms, as a list such as '[{kind: perceptual, weight: 0.1}]'
-        alignment: representation alignment, a loss term that shortens training
+        auxiliary: additional loss terms, as a list such as '[{kind: perceptual, weight: 0.1}]'
+        alignment: representation alignment (REPA), a loss term that speeds up training
         optim: optimizer and learning rate
         train: length, batch size and precision
         sampling: how samples are generated

@@ -1,4 +1,4 @@
-"""Settings that the trainings of backbones and autoencoders share: length, logging and the run's folder."""
+"""Settings shared by the training of backbones and autoencoders: length, logging and the run's folder."""
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -11,15 +11,15 @@ from settings import SEEDS, within
 
 @dataclass(frozen=True)
 class BaseTrainConfig:
-    """Length, batch size and precision of a training.
+    """Length, batch size and precision of training.
 
     Args:
         num_steps: optimizer steps
         max_hours: save and stop after this time with exit status 75, as after SIGTERM, SIGUSR1 or Ctrl-C
         batch_size: images per optimizer step, over all processes and micro-batches
-        ema_decay: decay of the averaged weights (EMA); at first (1 + step) / (10 + step), while that is smaller
+        ema_decay: decay of the EMA weights; (1 + step) / (10 + step) as long as that is smaller
         precision: 'fp32', 'bf16' (autocast), or 'auto': bf16 if the device has instructions for it, else fp32
-        seed: seed of the initial weights and of everything random in training
+        seed: seed of the initial weights and of all randomness in training
     """
 
     num_steps: int | None = within("[1, inf)", None)
@@ -32,16 +32,16 @@ class BaseTrainConfig:
 
 @dataclass(frozen=True)
 class BaseLogConfig:
-    """What is logged and saved during training, and how often (in optimizer steps unless named otherwise; 0: never).
+    """What is logged and saved during training, and how often (in optimizer steps unless stated otherwise; 0: never).
 
     Args:
         every: losses and speed, to log.jsonl and the trackers
         sample_every: a grid of samples
-        num_validation: largest number of held-out images used for validation
-        checkpoint_minutes: a checkpoint this long after the previous one; the last step always writes one
-        checkpoint_every: a checkpoint every so many steps as well
+        num_validation: maximum number of held-out images used for validation
+        checkpoint_minutes: minutes between checkpoints; the last step always writes one
+        checkpoint_every: also write a checkpoint every so many steps
         keep_checkpoints: number of newest intact checkpoints to keep; saving verifies them
-        keep_every: a checkpoint every so many steps that is never deleted
+        keep_every: every so many steps, write a checkpoint that is never deleted
         trackers: 'tensorboard', 'wandb' (offline with WANDB_MODE=offline)
     """
 
@@ -56,7 +56,7 @@ class BaseLogConfig:
 
 
 class RunConfig:
-    """Base of a training's configuration, a frozen dataclass; the run has a folder, from which it can be resumed."""
+    """Base of a training configuration, a frozen dataclass; the run can be resumed from its folder."""
 
     name: str | None
     resume: str | None
@@ -69,7 +69,7 @@ class RunConfig:
 
     @property
     def unread(self) -> set[str]:
-        """Settings whose files this training does not read."""
+        """Settings whose files this run does not read."""
         return {"init_from"} if self.resume else set()
 
     @property

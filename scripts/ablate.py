@@ -33,16 +33,17 @@ class AblateConfig:
         ablation: YAML file (see docs/ablations.md); the flag's name may be left out
         set: settings of all variants, in addition to the YAML's: '{data.path: images.zip, train.num_steps: 100}'
         only: 'plan' shows what would be done; 'report' writes the report of finished work; null does everything
-        executor: 'local' (`workers` runs at a time on the CPU, or one on each visible GPU), 'slurm' (a job per
+        executor: 'local' (`workers` runs at a time on the CPU, or one per visible GPU), 'slurm' (a job per
             training, through submitit) or 'submitit' (the same, as processes on this machine)
-        workers: runs at a time on a CPU, which share the cores; this is faster for small batches
+        workers: runs at a time on a CPU, which share its cores; faster for small batches
         cluster: resources of a SLURM job
-        max_hours: start nothing after this time, and stop a running training, which saves; the same command continues
+        max_hours: after this time, start nothing and stop a running training, which saves; repeat the command to
+            continue
         launcher: a configuration of `accelerate launch`, for several processes per run; null: one process
         any_code: also accept results of other versions of the code
-        redo: rename trainings of another configuration or code to seed<n>.before-<time>, and train again
-        imports: modules or .py files with backbones etc. of your own, in addition to the YAML's (docs/extending.md)
-        name: name of the folder in runs/; by default that of the YAML
+        redo: rename training runs of another configuration or code to seed<n>.before-<time>, and train again
+        imports: modules or .py files with custom backbones etc., in addition to the YAML's (docs/extending.md)
+        name: name of the folder in runs/; by default that of the YAML file
     """
 
     ablation: str = reads("file")

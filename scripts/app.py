@@ -40,13 +40,13 @@ class AppConfig:
         checkpoints: runs, checkpoints or hf://owner/name to choose from; by default all runs in `runs`
         runs: folder to search for runs
         host: 127.0.0.1 serves this machine only, 0.0.0.0 everyone who can reach it
-        port: port to listen at; 0: any free one
-        share: also serve through a public address of gradio
-        queue: largest number of waiting visitors; more are asked to come back
+        port: port to listen on; 0: any free one
+        share: also serve through a public gradio address
+        queue: maximum number of waiting visitors; others are asked to come back later
         precision: of sampling: 'auto' (bf16 if the device has instructions for it, else fp32), 'fp32' or 'bf16'
         autoencoder: replaces the checkpoints' own
-        classifier: file of recognise.py's --classifier, to count the pictures that it takes for the class asked for; it
-            is a program, so run only what you trust
+        classifier: file written by recognise.py --classifier, to count the images that it assigns to the requested
+            class; it is a program, so run only what you trust
     """
 
     checkpoints: list[str] = reads("checkpoint", [])

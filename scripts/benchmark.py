@@ -1,7 +1,7 @@
-"""Benchmarks. Compare only figures of one run: programs take turns, and medians are printed as a Markdown table.
+"""Benchmarks. Compare only numbers of the same run: programs take turns, and medians are printed as a Markdown table.
 
 python scripts/benchmark.py training                                  (all four backbones, images per second)
-python scripts/benchmark.py training --compare ../XSwinDiffusion      (beside the published implementation)
+python scripts/benchmark.py training --compare ../XSwinDiffusion      (against the published implementation)
 python scripts/benchmark.py training --models [DiT] --variants '[{}, {qk_norm: true}, {mlp: swiglu}]'
 python scripts/benchmark.py sampling --models [XSwin,DiT]
 python scripts/benchmark.py epoch --compare ../XSwinDiffusion         (from images, which theirs encodes in each step)

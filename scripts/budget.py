@@ -21,7 +21,7 @@ INCEPTION = 11.4  # GFLOP of Inception v3 for a 299x299 image, a multiply-add co
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """Estimate the hours of encoding, training, sampling and scoring. All parts scale with the number of GPUs, except
+    """Estimate the hours for encoding, training, sampling and scoring. All parts scale with the number of GPUs, except
     for the all-reduce of gradients.
 
     Args:

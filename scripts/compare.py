@@ -1,4 +1,4 @@
-"""Put the scores of several evaluations, as `evaluate.py` writes them, into one table and one figure.
+"""Combine the scores of several evaluations, as written by `evaluate.py`, in one table and one figure.
 
 python scripts/compare.py --scores '[runs/DiT, runs/XSwin]'
 python scripts/compare.py --scores '[flow.json, meanflow.json]' --names '[flow, MeanFlow]' --output calls
@@ -26,10 +26,10 @@ class CompareConfig:
     """Compare scores of the same kind: of equally many samples, against the same images, on the same features.
 
     Args:
-        scores: JSON files that evaluate.py has written, or runs' folders, whose scores.json is read
-        names: what to call them; by default the name of the run or file
-        along: the setting on the figure's horizontal axis: 'guidance_scale', 'network_evaluations' of a sample, or
-            'model_calls', of which a guided one may be two evaluations; by default the first that varies
+        scores: JSON files written by evaluate.py, or run folders with a scores.json
+        names: their names in the table; by default the name of the run or file
+        along: the setting on the figure's horizontal axis: 'guidance_scale', 'network_evaluations' per sample, or
+            'model_calls' (a guided call may take two evaluations); by default the first that varies
         output: path of the files to write, without a suffix
     """
 

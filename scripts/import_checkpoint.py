@@ -69,11 +69,11 @@ class ImportConfig:
             autoencoders TAESD, TAESDXL, TAESD3, TAEF1, TAEF2), 'ldm' (autoencoders in the format of latent-diffusion's
             code, such as VA-VAE); by default inferred from the name of a public file
         autoencoder: autoencoder of the model's latents: a hub id, a folder in diffusers' format, or 'pixel'
-        classes: text file with a class name per line; by default ImageNet's for 1000 classes, else numbers
-        data: images of the training (--data.path); an autoencoder without given statistics normalises its latents by
-            them, at --data.image_size
+        classes: text file with one class name per line; by default ImageNet's for 1000 classes, else numbers
+        data: training images (--data.path); an autoencoder without given statistics normalises its latents with
+            theirs, at --data.image_size
         image_size: side in pixels; by default 8 times that of the latents, for 'lightningdit' 16 times
-        num_heads: number of attention heads, if the width is none of the published ones
+        num_heads: number of attention heads, if the width is not a published one
     """
 
     weights: Path | list[Path] = field(metadata={"reads": "weights"})

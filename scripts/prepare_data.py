@@ -1,4 +1,4 @@
-"""Download a public data set into a zip with a folder per class, and write a manifest beside it.
+"""Download a public data set into a zip with a folder per class, and write a manifest next to it.
 
 python scripts/prepare_data.py caltech101 --output caltech101.zip --image_size 64
 python scripts/prepare_data.py hf:uoft-cs/cifar10 --output cifar10.zip
@@ -31,11 +31,11 @@ class PrepareConfig:
     """Download a public data set into a zip with a folder per class, below train/ and test/ if it has splits.
 
     Args:
-        dataset: 'caltech101', 'cifar10', 'mnist', or 'hf:OWNER/NAME' for the hub's (pip install -e '.[hub]')
+        dataset: 'caltech101', 'cifar10', 'mnist', or 'hf:OWNER/NAME' from the hub (pip install -e '.[hub]')
         output: zip to write, with a manifest of the same name that ends in .json
         image_size: crop the centre square and resize it to this side; by default images stay as they are
-        image_column: column with the images in a data set of the hub
-        label_column: column with the labels in a data set of the hub
+        image_column: column with the images, for data sets from the hub
+        label_column: column with the labels, for data sets from the hub
         root: folder for the downloaded originals; existing files are not downloaded again
     """
 

@@ -1,4 +1,4 @@
-"""Measure how often a small classifier, trained on the real images, takes samples for their class, and how sure it is.
+"""Measure how often a small classifier, trained on real images, assigns samples to their class, and how confidently.
 
 python scripts/recognise.py --samples samples.npz --data.path mnist.zip --data.image_size 28
 python scripts/recognise.py --data.path cifar10.zip --data.image_size 32 --width 48 --mirror true --thorough true \
@@ -28,15 +28,15 @@ class RecogniseConfig:
         samples: npz of sample.py; without it only the classifier is trained
         data: real images
         classifier: file for the classifier, which can also be an --extractor: .pt2, or .pt (TorchScript)
-        perceptual: file of the same kind for the features of its stages, for --auxiliary's `network` and an
+        perceptual: file of the same kind with the features of its stages, for --auxiliary's `network` and an
             autoencoder's --loss.perceptual
         output: JSON file for the results, which are printed anyway
         epochs: passes over the real images; by default 4, or as many as make 125 steps of 64 images
         side: side in pixels of the classifier's input, a power of two; larger ones distinguish more classes
-        width: channels of the first stage; 48 takes four times as much work as 24
+        width: channels of the first stage; 48 takes four times as long as 24
         mirror: also train on mirrored images; not for digits and letters
-        thorough: look at every pixel before halving the resolution, and hide a part of each image in training; better
-            on photographs, for three times the work
+        thorough: keep the full resolution in the first layers, and hide a part of each image in training; better on
+            photographs, but takes three times as long
         seed: seed of the classifier
     """
 

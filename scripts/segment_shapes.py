@@ -3,7 +3,7 @@
 python scripts/segment_shapes.py
 python scripts/segment_shapes.py --models '[XSwin, USwin, UNet]' --difficulty medium --num_steps 2000
 
-XSwin without time and labels (`conditioning=none`) is a dense predictor of any number of channels. The procedural
+XSwin without time and labels (`conditioning=none`) is a dense predictor with any number of channels. The procedural
 shapes have exact masks, which assign each pixel to the background or to one of ten classes. The baseline is the U-Net
 with a constant time of 0.
 """

@@ -1,4 +1,4 @@
-"""Keep docs/zoo.yaml and the table of docs/zoo.md, the index of the checkpoints that were trained here.
+"""Maintain docs/zoo.yaml and the table of docs/zoo.md, the index of the checkpoints trained with this project.
 
     python scripts/zoo.py add --name faces --run runs/anime-fast --configuration configs/anime/fast.yaml \
         --images 2304000 --scores '[runs/anime-fast/scores.json]' --within '{"frechet_distance[mobilenet_v2]": 23}'
