@@ -22,7 +22,7 @@ from experiment.open_section import signature_settings
 from machine.accelerator import from_main, num_processes_here
 from machine.memory import free_memory
 from machine.threads import allowed_cores
-from models import BACKBONES, ModelSpec, class_of
+from models import BACKBONES, ModelSpec, abbreviate, class_of
 from settings import check_name, set_values
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def model_spec(config: ExperimentConfig, codec: Codec, diffusion: Diffusion, num
         return required.keys() <= signature(class_of(name)).parameters.keys()
 
     if config.model in BACKBONES and not is_suitable(config.model):
-        suitable = ", ".join(filter(is_suitable, BACKBONES))
+        suitable = abbreviate(filter(is_suitable, BACKBONES))
         raise ValueError(f"--model {config.model}: {requested_by} takes --model {suitable}")
     if diffusion.guidance_settings and not config.guided_classes(num_classes):
         raise ValueError(
@@ -147,7 +147,8 @@ def check_augment(config: ExperimentConfig, codec: Codec, diffusion: Diffusion) 
         )
     if "extras" not in signature(diffusion.training_loss).parameters:
         raise ValueError(
-            f"{flag}: the loss of --diffusion.kind {config.diffusion.kind} tells no backbone of changes; take 0"
+            f"{flag}: the loss of --diffusion.kind {config.diffusion.kind} does not support augmentation "
+            "conditioning; set it to 0"
         )
     if config.alignment.extractor:
         raise ValueError(

@@ -8,12 +8,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from models.variants import DIT, UNET, UVIT, XSWIN, Variant
+from settings import alternatives
 
 if TYPE_CHECKING:
     from models.backbone import Backbone
@@ -30,8 +32,27 @@ def check_model(name: str) -> None:
     """Raise ValueError with the nearest names where no backbone has this one."""
     if name not in BACKBONES:
         close = difflib.get_close_matches(name, BACKBONES, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}? " if close else ""
-        raise ValueError(f"--model {name}: unknown; {hint}there are {', '.join(BACKBONES)}")
+        hint = f"did you mean {alternatives(close)}? " if close else ""
+        raise ValueError(f"--model {name}: unknown; {hint}there are {abbreviate(BACKBONES)}")
+
+
+def abbreviate(names: Iterable[str]) -> str:
+    """List names of backbones, those of a family together: `XSwin, USwin, DiT-{S,B}/{2,4}`."""
+    patch_sizes, sizes, listed = defaultdict(list), defaultdict(list), []
+    for name in names:
+        variant, _, patch_size = name.partition("/")
+        patch_sizes[variant].append(patch_size)
+    for variant, patches in patch_sizes.items():
+        family, _, size = variant.rpartition("-")
+        sizes[family, _braced(patches)].append(size)
+    for (family, patches), own in sizes.items():
+        ending = patches and f"/{patches}"
+        listed += [f"{family}-{_braced(own)}{ending}"] if family else [f"{size}{ending}" for size in own]
+    return ", ".join(listed)
+
+
+def _braced(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{{{','.join(words)}}}"
 
 
 def class_of(name: str) -> Any:

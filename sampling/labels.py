@@ -11,6 +11,7 @@ from torch import Tensor
 from data.subsets import stratified
 from experiment.config import EvaluationConfig
 from machine.randomness import generator_for
+from settings import alternatives
 
 
 def resolve_classes(asked: Sequence[str | int], classes: list[str]) -> list[int]:
@@ -28,7 +29,7 @@ def resolve_classes(asked: Sequence[str | int], classes: list[str]) -> list[int]
             labels.append(int(name))
         else:
             close = difflib.get_close_matches(str(name), classes, n=3, cutoff=0.4)
-            known = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(classes[:10])}, ..."
+            known = f"did you mean {alternatives(close)}?" if close else f"there are {', '.join(classes[:10])}, ..."
             raise ValueError(f"--classes {name}: no such class among the {len(classes)}; {known}")
     return labels
 

@@ -1,6 +1,6 @@
 """Declaration and validation of settings: ranges of numbers, tables of names. Imports no torch, so `--help` is fast."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass, make_dataclass
 from inspect import signature
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -84,6 +84,11 @@ def set_values(config: Any) -> dict[str, Any]:
     """Return the settings that are set in a configuration of a class made by `unset`, by name."""
     values = {setting.name: getattr(config, setting.name) for setting in fields(config)}
     return {name: value for name, value in values.items() if value != UNSET}
+
+
+def alternatives(words: Sequence[str]) -> str:
+    """Return words as a choice in a sentence: `a`, `a or b`, `a, b or c`."""
+    return " or ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
 
 
 def check_name(flag: str, name: str, known: Iterable[str]) -> None:

@@ -247,9 +247,9 @@ def test_a_contrasts_other_sample_is_changed_as_the_next_one_is(cache):  # noqa:
         (
             {"diffusion": DiffusionConfig("meanflow")},
             "pixel",
-            r"the loss of --diffusion.kind meanflow tells no backbone",
+            r"the loss of --diffusion.kind meanflow does not support augmentation",
         ),
-        ({"diffusion": DiffusionConfig("cascade"), "model": "Cascade"}, "pixel", r"--diffusion.kind cascade tells no"),
+        ({"diffusion": DiffusionConfig("cascade"), "model": "Cascade"}, "pixel", r"--diffusion.kind cascade does not"),
         ({"alignment": AlignmentConfig("some.pt2")}, "pixel", r"features of --alignment.extractor .* unchanged images"),
     ],
 )

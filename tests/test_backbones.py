@@ -397,6 +397,11 @@ def test_constructors_take_no_kwargs():
     ("name", "overrides", "message"),
     [
         ("XSwim", {}, r"--model XSwim: unknown; did you mean XSwin"),
+        (
+            "DiT-XL/3",
+            {},
+            r"did you mean DiT-XL/\d, DiT-XL/\d or DiT-XL/\d\? .*, DiT-{S,B,L,XL}/{2,4,8}, .*U-ViT-{S,M,L,H}/",
+        ),
         ("XSwin", {"window": 2}, r"--model_args.window: XSwin has no such argument; it takes .*window_size"),
         ("XSwin", {"patch_size": 3}, r"patch_size=3 must divide the 8x8 input"),
         ("XSwin", {"num_heads": (5, 12)}, r"num_heads=5 must divide the width 192"),
