@@ -187,12 +187,12 @@ def _panels_by_setting(results: Results) -> dict[str, tuple[Panel, str]]:
 
 
 PANELS: dict[str, tuple[Panel, str]] = {  # with captions
-    "loss": (plot_loss, "Training loss: every interval of the log, pale, and its running mean."),
-    "validation": (plot_validation, "Loss of the averaged weights on held-out images, times and noise that all share."),
+    "loss": (plot_loss, "Training loss: every log interval (pale), and its running mean."),
+    "validation": (plot_validation, "Loss of the EMA weights on held-out images, with the same times and noise."),
     "score-by-compute": (
         plot_score_by_compute,
-        "Score against the training's FLOPs: three forward passes an image, and those that its target takes.",
+        "Score against training FLOPs: three forward passes per image, plus those for its target.",
     ),
     "score-by-parameters": (plot_score_by_parameters, "Final score against the number of parameters."),
-    "per-class": (plot_per_class, "Fréchet distance within each class that has 50 images, less the baseline's."),
+    "per-class": (plot_per_class, "Fréchet distance within each class of at least 50 images, minus the baseline's."),
 }

@@ -65,8 +65,8 @@ def refuse_changed(plan: list[PlannedRun]) -> None:
     if changed:
         folders = "; ".join(f"{folder}: {', '.join(names)}" for folder, names in changed)
         raise ValueError(
-            f"trained before with other {folders}: --redo true keeps that beside them and trains anew, --any_code true "
-            "takes what differs by code alone for done, --name begins another study"
+            f"trained before with other {folders}: --redo true keeps the old runs and trains again, --any_code true "
+            "accepts runs that differ only in code, --name starts another study"
         )
 
 

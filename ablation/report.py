@@ -73,12 +73,12 @@ def format_notes(results: Results) -> list[str]:
     num_trials = max(len(run.trials) for run in results.runs)
     notes = [
         f"Mean ± standard deviation over {num_seeds} training seed{'s' * (num_seeds > 1)} and {num_trials} generation "
-        f"trial{'s' * (num_trials > 1)} of each; bold: decidedly better than every other. Seeds, data order "
+        f"trial{'s' * (num_trials > 1)} of each; bold: significantly better than every other. Seeds, data order "
         "and noise are the same for all. GFLOPs: one image, forward, counted; img/s and GB: of training, measured.",
         f"*: differs from {results.baseline.name} with p < {SIGNIFICANT} (two-sided t-test, paired over seeds, "
         "corrected by Holm's method for the variants compared)."
         if num_seeds > 1
-        else "One training seed: the spread is that of generation alone, no difference is tested, and nothing is bold.",
+        else "One training seed: the spread is that of generation only, no difference is tested, and nothing is bold.",
     ]
     records = [run.record for run in results.runs]
     keys = ("source_hash", "split", "image_size")
@@ -86,16 +86,16 @@ def format_notes(results: Results) -> list[str]:
     if (num := len(references)) > 1:
         notes.append(
             f"The runs were scored against {num} different references, or with extractors of different weights: "
-            "only scores of the same can be compared."
+            "only scores against the same reference and extractor are comparable."
         )
     samples = [(record.get("num_samples"), *map(record["samples"].get, ("labels", "precision"))) for record in records]
     if len(kinds := dict.fromkeys(samples)) > 1:
         listed = "; ".join(f"{num}, labels {labels}, {precision}" for num, labels, precision in kinds)
-        notes.append(f"The runs were scored by different samples ({listed}): only scores of the same can be compared.")
+        notes.append(f"The runs were scored with different samples ({listed}), so their scores are not comparable.")
     if partly := [variant.name for variant in results.variants if variant.is_scored_in_part]:
         notes.append(f"Trials without a score, empty in results.csv, are left out of the means of {', '.join(partly)}.")
     if results.num_objectives > 1:
-        notes.append("Losses of different objectives, latents or held-out images do not compare, and have no column.")
+        notes.append("Losses of different objectives, latents or held-out images are not comparable: no column.")
     if extractor != "inception":
         notes.append(f"Features of {extractor}: distances compare these runs with each other, and are not FID.")
     return notes

@@ -263,7 +263,7 @@ def _as_edited(plan: dict[str, Any], ablation: AblationConfig) -> dict[str, Any]
     planned, now = plan["ablation"], json.loads(json.dumps(asdict(ablation)))
     now["set"] = {**planned["set"], **now["set"]}  # a report needs no --set
     if changed := [name for name in PLANNED if json.dumps(planned[name]) != json.dumps(now[name])]:
-        remedy = "--only plan, with the same --set, plans it anew"
+        remedy = "--only plan, with the same --set, plans it again"
         raise ValueError(f"{', '.join(changed)}: the YAML was edited since it was planned; {remedy}")
     return now
 

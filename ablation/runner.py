@@ -133,7 +133,7 @@ class Runner:
             return Outcome(name, "done", "before")
         with Lock(folder / "lock") as lock:
             if planned.trains and "began" not in done_stages(folder) and (folder / "checkpoints").exists():
-                raise ValueError(f"{folder} holds a training that no ablation began; move it away")
+                raise ValueError(f"{folder} holds a training run that no ablation started; move it away")
             write_atomic(folder / "variant.yaml", yaml.safe_dump(planned.run.config.to_dict(), sort_keys=False))
             if not planned.trains:
                 mark_done(folder, train=planned.keys["train"])
@@ -148,9 +148,9 @@ class Runner:
         """Run a stage's command, and mark the stage as done; otherwise return how the run ended."""
         folder, name = planned.run.folder, planned.run.name
         if code_hash(stage, afresh=True) != self.code[stage]:
-            raise ValueError(f"{stage}: the code has changed since it was planned; the same command plans anew")
+            raise ValueError(f"{stage}: the code has changed since it was planned; repeat the command to plan again")
         if not planned.current_keys()[stage].startswith(planned.keys[stage].partition("-")[0]):
-            remedy = "the same command plans anew; of a training that goes on name a checkpoint, not the run"
+            remedy = "repeat the command to plan again; if a run is still training, give one of its checkpoints"
             raise ValueError(f"{stage}: files that its settings name have changed since it was planned; {remedy}")
         if stage == "train":
             if "began" not in done_stages(folder):  # the results there were made from another run's weights
@@ -215,7 +215,7 @@ def worker_slots(workers: int) -> list[WorkerSlot]:
         return [WorkerSlot({})]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if (share := len(cores) // workers) == 0:
-        raise ValueError(f"--workers {workers}: there are {len(cores)} cores to deal out; ask for fewer")
+        raise ValueError(f"--workers {workers}: there are {len(cores)} cores to share; give fewer")
     shares = [cores[worker * share :][:share] for worker in range(workers)]
     return [WorkerSlot({"OMP_NUM_THREADS": str(share)}, frozenset(own_cores)) for own_cores in shares]
 
@@ -303,7 +303,7 @@ def stop_on_signal(runner: Runner) -> AbstractContextManager[None]:
 
 
 def log_stop(number: signal.Signals) -> None:
-    log_line(f"{number.name}: what runs is saved, the rest waits for the next time")
+    log_line(f"{number.name}: saving what is running; repeat the command to continue")
 
 
 def log_line(text: str) -> None:

@@ -159,7 +159,7 @@ def expand_runs(ablation: AblationConfig, name: str) -> list[Run]:
                 config = parse_mapping(ExperimentConfig, deep_merge(base, {**settings, **point, **identity}))
             run = Run(title, seed, config, {"variant": variant, **point})
             if run.folder in runs:
-                raise ValueError(f"variants {runs[run.folder].name} and {run.name} are of one name; rename one")
+                raise ValueError(f"variants {runs[run.folder].name} and {run.name} have the same name; rename one")
             runs[run.folder] = run
     _check_names(ablation, runs.values())
     return list(runs.values())
@@ -173,7 +173,7 @@ def _check_names(ablation: AblationConfig, runs: Collection[Run]) -> None:
             raise ValueError(f"{key} {variant}: no such variant; there are {', '.join(names)}")
     for claim, variants in ablation.claims.items():
         if len(set(variants)) != 2 or len(variants) != 2:
-            raise ValueError(f"claims, {claim}: name two variants, the one that is said to be better first")
+            raise ValueError(f"claims, {claim}: name two variants, the one claimed to be better first")
         for variant in variants:
             if variant not in names:
                 raise ValueError(f"claims, {claim}: no variant {variant}; there are {', '.join(names)}")

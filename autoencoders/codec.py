@@ -190,8 +190,8 @@ class LatentCodec(Codec):
         """Return the shape of `x_0`; raise `AutoencoderError` for an image size that the autoencoder cannot encode."""
         if min(height, width) < self.factor:
             raise AutoencoderError(
-                f"--data.image_size {height}x{width} is smaller than the {self.factor}x{self.factor} pixels that the "
-                f"autoencoder '{self.source}' makes one of; take larger images or --autoencoder pixel"
+                f"--data.image_size {height}x{width} is smaller than one latent pixel of the autoencoder "
+                f"'{self.source}', {self.factor}x{self.factor}; use larger images or --autoencoder pixel"
             )
         if height % self.factor or width % self.factor:
             raise AutoencoderError(
@@ -200,7 +200,7 @@ class LatentCodec(Codec):
             )
         if self.only_size and (height, width) != (self.only_size, self.only_size):
             raise AutoencoderError(
-                f"--data.image_size {height}x{width}: '{self.source}' gives images of {self.only_size} pixels alone"
+                f"--data.image_size {height}x{width}: '{self.source}' only gives images of {self.only_size} pixels"
             )
         return super().latent_shape(height, width)
 
@@ -282,8 +282,8 @@ def add_to_hash(digest: "hashlib._Hash", name: str, weight: Tensor) -> None:
 def _to_uint8(images: Tensor) -> Tensor:
     if not images.isfinite().all():  # NaN would silently become black
         raise AutoencoderError(
-            "images came out as numbers that are not finite: the weights of the model or of --autoencoder are ruined "
-            "(take an earlier checkpoint), or the sampler ran away (take more --num_steps, or another --sampler)"
+            "images are not finite: the weights of the model or of --autoencoder are broken (use an earlier "
+            "checkpoint), or the sampler diverged (use more --num_steps, or another --sampler)"
         )
     return (images.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 

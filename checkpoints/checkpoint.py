@@ -111,7 +111,7 @@ class Checkpoint:
         if known and asked is None:
             self.check_identity(codec=codec.provenance)
         elif known and any(known.get(name) != value for name, value in codec.identity.items()):
-            say(f"--autoencoder {asked}: its latents are others than those that {self.path} was trained on")
+            say(f"--autoencoder {asked}: its latents differ from those that {self.path} was trained on")
         return codec
 
     def check_identity(self, **here: Mapping[str, Any]) -> None:
@@ -207,7 +207,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     try:
         save_file(dict(tensors), path, metadata={**metadata, "metadata_sha256": _sha256(metadata)})
     except SafetensorError as error:  # raised for errors of the disk
-        raise OSError(f"{path} could not be written ({error}); see to the disk") from error
+        raise OSError(f"{path} could not be written ({error}); check the disk") from error
     _sort_header(path)
 
 

@@ -95,7 +95,7 @@ def changes_of_meaning(
         except CheckpointError as error:
             warnings.append(f"warning: {error}")
     if settings := changed_meaning(diffusion, metadata):
-        warnings.append(f"its output had another meaning, which has to be learned anew: {', '.join(settings)}")
+        warnings.append(f"its output had another meaning, which has to be relearned: {', '.join(settings)}")
     return warnings
 
 

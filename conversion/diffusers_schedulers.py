@@ -43,7 +43,7 @@ def to_scheduler(kind: str, diffusion: Any, sampling: Any) -> tuple[Any, str]:
     if diffusion.prediction not in PREDICTIONS[kind]:
         raise ValueError(
             f"--diffusion.prediction {diffusion.prediction}: of a {kind} diffusers' schedulers take "
-            f"{' or '.join(PREDICTIONS[kind])} alone; sample.py draws from what predicts others"
+            f"{' or '.join(PREDICTIONS[kind])} only; sample.py supports the others"
         )
     limit = sampling.clip or math.inf
     clips = math.isfinite(limit)

@@ -40,7 +40,7 @@ def summarize_splits(train, held_out) -> str:
     if num_enlarged := train.num_enlarged():
         parts.append(f"{num_enlarged} of the training images are smaller than {about['image_size'][0]} and enlarged")
     if num_other := train.num_other_colors():
-        parts.append(f"{num_other} of the training images have a colour profile beside sRGB, which is not applied")
+        parts.append(f"{num_other} of the training images have a colour profile other than sRGB, which is not applied")
     return "; ".join(parts)
 
 

@@ -94,7 +94,7 @@ class Zip:
         for entry in entries:
             name = entry.filename.replace("\\", "/")  # which Windows programs write
             if not name.endswith("/") and self.entries.setdefault(_normalise(name), entry) is not entry:
-                raise DataError(f"--data.path {path}: it holds {name} twice; write it anew")
+                raise DataError(f"--data.path {path}: it contains {name} twice; write it again")
         self.names = list(self.entries)
 
     def read(self, name: str) -> bytes:
@@ -167,7 +167,7 @@ def _index(shards: tuple[tuple[Path, str, tuple[int, ...]], ...]) -> tuple[dict[
                 for entry in archive:
                     name = f"{shard}/{_normalise(entry.name)}"
                     if name in locations:
-                        raise DataError(f"--data.path {path}: it holds {entry.name} twice; write it anew")
+                        raise DataError(f"--data.path {path}: it contains {entry.name} twice; write it again")
                     if entry.issparse():
                         raise tarfile.ReadError(f"{entry.name} is stored in parts, as a sparse file")
                     if entry.isreg():

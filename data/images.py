@@ -316,7 +316,7 @@ def _open_files(path: str | Path, label_column: str | None) -> Folder | Zip | Ta
     if path.is_file():
         kinds = [suffix.lower() for suffix in path.suffixes]
         if kinds[-1:] == [".tgz"] or ".tar" in kinds[:-1]:
-            raise DataError(f"--data.path {path}: a compressed tar file is read from its front alone; decompress it")
+            raise DataError(f"--data.path {path}: a compressed tar file can only be read sequentially; decompress it")
         if kinds[-1:] == [".parquet"]:
             return Parquets(Place(str(path)), {path.name: None}, label_column)
         return Tars(path, [path.name]) if kinds[-1:] == [".tar"] else Zip(path)

@@ -105,7 +105,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         if not path.exists():
             raise DataError(
-                f"--data.cache {path} cannot be written ({error}); see to the disk, or give another --data.cache"
+                f"--data.cache {path} cannot be written ({error}); check the disk, or give another --data.cache"
             ) from error
 
 

@@ -232,7 +232,7 @@ def score_reconstructions(
     measurement = measure(codec, images, distance, accelerator, evaluation.batch_size)
     metrics = untaught(evaluation.metrics)
     scores, _ = scorer.score(source, reference, metrics)
-    leak = Score(None, reason="it would learn from the very images that it asks of")
+    leak = Score(None, reason="it would be trained and tested on the same images")
     taught = [name for name in evaluation.metrics if name not in metrics]
     left_out = {metric_name(name, extractor.kind, extractor.name): leak for name in taught}
     scores = replace(scores, scores={**measurement.scores, **scores.scores, **left_out})
@@ -262,7 +262,7 @@ def format_results(rows: Sequence[Row], measured: Mapping[str, Measurement], ext
 def open_codec(name: str, image_size: int) -> LatentCodec:
     """Open an autoencoder. Raises ValueError for `pixel`, and for images that it, or SSIM, cannot be used on."""
     if name == "pixel":
-        raise ValueError("--autoencoder pixel: pixels come back as they were; give an autoencoder")
+        raise ValueError("--autoencoder pixel: it reconstructs every image exactly; give an autoencoder")
     if image_size < WINDOW:
         raise ValueError(f"--data.image_size {image_size}: SSIM looks at {WINDOW}x{WINDOW} pixels; take larger images")
     codec = LatentCodec(name)
@@ -345,7 +345,7 @@ def recommend(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
     missing = {name for row in rows for name in titles.values() if row.scores.get(name, Score(None)).value is None}
     title = next((titles[name] for name in DECIDING if name in titles and titles[name] not in missing), None)
     if title is None:
-        return "No score that all of them have says which to take."
+        return "No score is available for all of them, so there is no recommendation."
     value = {row.name: row.scores[title].value or 0.0 for row in rows}
     error = {row.name: row.scores[title].std or 0.0 for row in rows}
     speed = {row.name: row.settings["decode img/s"] for row in rows}
@@ -365,7 +365,7 @@ def recommend(rows: Sequence[Row], shapes: Mapping[str, Sequence[int]]) -> str:
     return (
         f"Take {chosen}: {why}, {compare(lambda name: number(value[name], error[name] or None))}. It decodes "
         f"{compare(lambda name: f'{speed[name]:g} img/s')} from latents of "
-        f"{compare(lambda name: 'x'.join(map(str, shapes[name])))}; the more channels, the longer a backbone learns."
+        f"{compare(lambda name: 'x'.join(map(str, shapes[name])))}; more channels take a backbone longer to learn."
     )
 
 

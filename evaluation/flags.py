@@ -111,7 +111,7 @@ def check(config: EvaluateConfig) -> None:
         return
     refuse(("perceptual", "heads"), "it measures an autoencoder; leave it out, or leave --samples out")
     if not is_run(samples):
-        fixed = f"{samples} is a fixed set of images, there is nothing to draw"
+        fixed = f"{samples} is a fixed set of images, there is nothing to sample"
         for name in set_values(config.sampling):
             raise ValueError(f"--sampling.{name}: {fixed}")
         refuse(("trials", "likelihood", "compile"), fixed)

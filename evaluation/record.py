@@ -167,7 +167,7 @@ def format_report(
         lines.append(
             f"A sample lies closer to the training images than a held-out image does {closer:.1%} of the time; "
             f"of copies of training images planted in their place, {copies:.1%} ({found:.1%} "
-            "found their own original)" + ("." if copies > 0.9 else ": here the figure tells nothing.")
+            "found their own original)" + ("." if copies > 0.9 else ": here the score is meaningless.")
         )
     if extractor.kind != "inception":
         lines.append(f"Distances on {on} compare runs with each other; they are not FID.")
@@ -180,7 +180,7 @@ def notes(rows: Sequence[Row], extractor: Extractor) -> list[str]:
     name, splits = metric_name("is", extractor.kind, extractor.name), first.settings.get("is", {}).get("splits")
     is_known = name in first.scores and first.scores[name].value is not None
     if is_known and splits and (num := first.num_samples // splits) < ENOUGH_FOR_INCEPTION_SCORE:
-        lines.append(f"{name}: low by the bias of {splits} splits of {num} images; compare equal counts alone")
+        lines.append(f"{name}: biased low, with {splits} splits of {num} images; compare equal counts only")
     return lines
 
 

@@ -175,7 +175,7 @@ def from_checkpoint(
     num_reference, num_classes = 0 if reference is None else len(reference), len(checkpoint.classes)
     num = evaluation.num_samples or num_reference
     if evaluation.labels == "balanced" and num < num_classes:
-        warning = f"--num_samples {num}: of {num_classes} classes the first {num} alone are drawn and held against all"
+        warning = f"--num_samples {num}: only {num} of {num_classes} classes are sampled, but compared with all"
         accelerator.print(f"{warning}; --labels random draws of all, as does --labels reference")
     reference_labels = None
     if isinstance(reference, ImageSet) and evaluation.labels == "reference" and checkpoint.classes:

@@ -188,8 +188,8 @@ class TrainConfig(BaseTrainConfig):
 
     def check(self, prefix: str) -> None:
         if None not in (self.num_epochs, self.num_steps):
-            both = f"{prefix}num_epochs {self.num_epochs} beside {prefix}num_steps {self.num_steps}"
-            raise ValueError(f"{both}: one of them says how long; leave the other out, or null where a file has it")
+            both = f"{prefix}num_epochs {self.num_epochs} and {prefix}num_steps {self.num_steps}"
+            raise ValueError(f"{both}: give only one of them, and null for the other if it is set in a file")
 
 
 @dataclass(frozen=True)

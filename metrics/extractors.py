@@ -81,7 +81,7 @@ def load_extractor(name: str, weights_path: str | Path | None = None) -> tuple[n
         except ValueError as error:
             raise ExtractorError(f"--extractor {error}") from error
     if weights_path is not None and name.startswith("dinov2"):
-        raise ExtractorError(f"--weights_path {weights_path}: torch-fidelity loads {name} from torch hub's cache alone")
+        raise ExtractorError(f"--weights_path {weights_path}: torch-fidelity loads {name} only from torch hub's cache")
     if weights_path is not None and not Path(weights_path).is_file():
         raise ExtractorError(f"--weights_path {weights_path}: no such file")
     if kind == "timm":

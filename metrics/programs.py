@@ -119,7 +119,7 @@ def load_exported(path: str | Path) -> ExportedNetwork:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # on damaged files, torch's readers raise errors of any type
         raise ValueError(
-            f"{path}: torch {torch.__version__} cannot read it ({first_line(error)}); export it anew on the CPU"
+            f"{path}: torch {torch.__version__} cannot read it ({first_line(error)}); export it again on the CPU"
         ) from error
 
 
@@ -149,7 +149,7 @@ def _refuse_pickles(path: str) -> None:
             try:
                 torch.load(io.BytesIO(inputs), weights_only=True, map_location="cpu")
             except Exception as error:
-                raise _Unsupported("its example inputs are not tensors alone, and are not opened") from error
+                raise _Unsupported("its example inputs are not only tensors, and are not opened") from error
 
 
 def _describe_file(path: str) -> str:
@@ -159,7 +159,7 @@ def _describe_file(path: str) -> str:
     except RuntimeError:
         return "not a program of torch.export, or cut short"
     if "serialized_exported_program.json" in names:
-        return "written by a torch before 2.8; export it anew"
+        return "written by a torch before 2.8; export it again"
     if any(name.startswith("code/") for name in names):
         return "this is a TorchScript file; let its name end in .pt"
     return "not a program of torch.export"

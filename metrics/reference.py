@@ -77,7 +77,7 @@ def _save(tensors: dict[str, Tensor], path: Path, key: Mapping[str, object], cou
             save_file(tensors, partial, metadata=metadata)
     except SafetensorError as error:
         raise ReferenceError(
-            f"--data.cache: reference {path} could not be written ({error}); see to the disk"
+            f"--data.cache: reference {path} could not be written ({error}); check the disk"
         ) from error
 
 
@@ -165,7 +165,7 @@ def read_adm(
             "give the same --extractor"
         )
     if spatial is not None and "extractor" in arrays and int(arrays.get("format", 0)) < OF_INCEPTION:
-        raise ReferenceError(f"{flag}: its mu_s and sigma_s are in an order of before; write it anew")
+        raise ReferenceError(f"{flag}: its mu_s and sigma_s are in an outdated order; write it again")
     return Features(moments, spatial), images
 
 
@@ -186,6 +186,6 @@ def _moments_in(arrays: Arrays, names: tuple[str, str], num: int | None, flag: s
     is_pair = mean.dtype.kind == covariance.dtype.kind == "f" and mean.ndim == 1 and covariance.shape == mean.shape * 2
     if not is_pair or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ReferenceError(
-            f"{flag}: {' and '.join(names)} are not a finite mean [d] and covariance [d d]; write it anew"
+            f"{flag}: {' and '.join(names)} are not a finite mean [d] and covariance [d d]; write it again"
         )
     return Moments(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double(), num)

@@ -42,7 +42,7 @@ def _comparable(extractor: Extractor) -> str:
     if extractor.kind != INCEPTION:
         return (
             f"Extractor {extractor.name} (sha256 {extractor.sha256[:12]}): its distances compare with others on the "
-            "same file alone, never with published FID, sFID, IS or KID."
+            "same file only, never with published FID, sFID, IS or KID."
         )
     if not extractor.published_weights:
         return (

@@ -82,14 +82,14 @@ def _implied_overrides(
     implied: dict[str, Any] = {} if sampler == configured else {"sampler_args": {}}
     if guide is not None:
         if overrides.get("guidance_checkpoint") and "guidance_scale" not in overrides and config.guidance_scale == 1:
-            remedy = "give --sampling.guidance_scale too; at 1 it is idle"
+            remedy = "give --sampling.guidance_scale too; at 1 it has no effect"
             raise ValueError(f"--sampling.guidance_checkpoint {guide}: {remedy}")
         return implied
     if config.guidance_checkpoint:
         implied["guidance_unlabelled"] = False
     if num_guided and (not diffusion.samples_are_guided(sampler) or diffusion.takes_guidance(sampler)):
         return implied
-    reason = f"{sampler} is guided by a command alone"
+    reason = f"{sampler} is only guided if a command asks for it"
     if not num_guided:
         reason = "it has no null label to be guided away from"
     elif diffusion.guidance_settings:

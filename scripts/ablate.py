@@ -70,7 +70,7 @@ def main(config: AblateConfig) -> int:
     try:
         return report(folder, ablation) if config.only == "report" else run(config, ablation, folder)
     except KeyboardInterrupt:  # before or after the runs, which handle it themselves
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; repeat the command to continue", file=sys.stderr)
         return 130
 
 

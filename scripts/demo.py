@@ -60,12 +60,12 @@ def main(config: DemoConfig) -> None:
     launch("train.py", "--config", experiment, "--name", RUN.name)
     (RUN / MADE).write_text("\n".join(checkpoints()))
 
-    say("2/4", "drawing samples of every class")
+    say("2/4", "generating samples of every class")
     samples, classifier, recognised = RUN / "samples.npz", RUN / "classifier.pt", RUN / "recognised.json"
     launch("sample.py", "--checkpoint", RUN, "--num_per_class", 6, "--output", RUN / "samples.png")
     launch("sample.py", "--checkpoint", RUN, "--num_per_class", PER_CLASS, "--output", samples)
 
-    say("3/4", "training a small classifier on true shapes")
+    say("3/4", "training a small classifier on real shapes")
     true_shapes = ("--data.path", "shapes", "--data.num_images", 2000)
     outputs = ("--classifier", classifier, "--output", recognised)
     launch("scripts/recognise.py", "--samples", samples, *true_shapes, *outputs)
@@ -104,12 +104,12 @@ def resume_hint(program: str) -> str:
     """Say how to continue an interrupted demo. Only the training is resumed, as the other steps are short."""
     again = shlex.join([display_path(Path(sys.executable)), *sys.argv])
     if not any(RUN.glob("checkpoints/[0-9]*")):
-        return f"nothing was saved yet; begin again with: {again}"
+        return f"nothing was saved yet; start again with: {again}"
     if program != "train.py":
-        return f"the trained model is in {display_path(RUN)}; begin again with: {again}"
+        return f"the trained model is in {display_path(RUN)}; start again with: {again}"
     if Path.cwd() == STARTED:
-        return f"go on with: {display_path(Path(sys.executable))} {display_path(ROOT / 'train.py')} --resume {RUN}"
-    return f"go on with: cd {shlex.quote(str(Path.cwd()))} && {sys.executable} {ROOT / 'train.py'} --resume {RUN}"
+        return f"continue with: {display_path(Path(sys.executable))} {display_path(ROOT / 'train.py')} --resume {RUN}"
+    return f"continue with: cd {shlex.quote(str(Path.cwd()))} && {sys.executable} {ROOT / 'train.py'} --resume {RUN}"
 
 
 def say(part: str, what: str) -> None:

@@ -80,7 +80,7 @@ class LaunchConfig(ClusterConfig):
 
     def check(self, prefix: str) -> None:
         if any(flag.partition("=")[0] == "--resume" for flag in self.overrides):  # would be overridden
-            remedy = "--resume is auto here; the run of that name goes on, say which by --name"
+            remedy = "--resume is always auto here; choose the run to continue with --name"
             raise ValueError(f"{prefix}overrides: {remedy}")
 
 

@@ -80,8 +80,8 @@ def main(config: RecogniseConfig) -> None:
     figures: dict[str, Any] = {"held_out_accuracy": accuracy, "num_held_out": len(held_out)}
     guessing = held_out.labels.bincount().max().item() / len(held_out)
     print(
-        f"The classifier is right about {accuracy:.2%} of {len(held_out)} held-out images; "
-        f"to name the most frequent class is right about {guessing:.2%}."
+        f"The classifier is right on {accuracy:.2%} of {len(held_out)} held-out images; "
+        f"always guessing the most frequent class would be right on {guessing:.2%}."
     )
     for path, save in (
         (config.classifier, partial(classifier.save, classes=classes)),

@@ -129,7 +129,7 @@ def run(table: Table, files: dict[str, str], folder: Path, *, any_code: bool) ->
                 children.run_process(words, cwd=folder, stdout=file, stderr=subprocess.STDOUT)
             except SystemExit as error:
                 last_line = output.read_text(errors="replace").strip().splitlines()[-1]
-                print(f"ended with status {error.code}: {last_line}\nthe same command goes on", file=sys.stderr)
+                print(f"ended with status {error.code}: {last_line}\nrepeat the command to continue", file=sys.stderr)
                 raise
         print(f"    {time.time() - start:.0f} s", flush=True)
         done[line] = {"commit": commit, "of": keys[command]}

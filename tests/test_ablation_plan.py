@@ -117,7 +117,7 @@ def planned(path):
     ("text", "message"),
     [
         ("variants: {a: {}, b: {}, a: {}}", "a stands twice"),
-        ("variants: {a b: {}, a-b: {}}", "variants a b, seed 0 and a-b, seed 0 are of one name"),
+        ("variants: {a b: {}, a-b: {}}", "variants a b, seed 0 and a-b, seed 0 have the same name"),
         (
             "variants: {a: {model_arg.dim: 3}}",
             r"variant a: Option 'model_arg.dim' is not accepted; did you mean model_args\?",
@@ -134,7 +134,7 @@ def planned(path):
         ),
         ("variants: {a: {}}\nbaseline: b", "baseline b: no such variant; there are a"),
         ("variants: {a: {}, b: {}}\nclaims: {a wins: [a, c]}", "claims, a wins: no variant c; there are a, b"),
-        ("variants: {a: {}, b: {}}\nclaims: {a wins: [a]}", "claims, a wins: name two variants, the one that is said"),
+        ("variants: {a: {}, b: {}}\nclaims: {a wins: [a]}", "claims, a wins: name two variants, the one claimed"),
         ("variants: {}", "variants and grid are empty"),
         ("variants: {a: {train.seed: 1}, b: {}}", "variant a: train.seed: every variant has the same; .* grid: seed"),
         ("variants: {a: {}}\ngrid: {train.seed: [1, 2]}", "variant a seed=1: train.seed: every variant has the same"),
@@ -267,7 +267,7 @@ def test_a_stop_while_an_ablation_prepares_is_one_line(monkeypatch, capsys):
     Path("a.yaml").write_text(f"base: {json.dumps(BASE)}\nvariants: {{a: {{}}}}\n")
     monkeypatch.setattr(ablate, "run", lambda *given: signal.raise_signal(signal.SIGINT))
     assert ablate.main(ablate.AblateConfig("a.yaml")) == 130
-    assert capsys.readouterr().err == "stopped; the same command goes on\n"
+    assert capsys.readouterr().err == "stopped; repeat the command to continue\n"
 
 
 def test_an_estimate_has_all_that_a_run_does():

@@ -362,7 +362,7 @@ def test_scores_against_different_references_are_told_apart(ablation):
     assert any("against 2 different references" in note for note in format_notes(results))
     assert not any("different samples" in note for note in format_notes(results))
     results.runs[1].record["num_samples"] = 7  # whose distances are larger for that alone
-    assert any("by different samples (" in note and "; 7, labels " in note for note in format_notes(results))
+    assert any("with different samples (" in note and "; 7, labels " in note for note in format_notes(results))
 
 
 def test_a_report_without_finished_runs_is_refused_in_one_line(tmp_path):

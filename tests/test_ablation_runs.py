@@ -133,7 +133,7 @@ def test_a_changed_file_of_the_code_makes_its_stages_run_again(scripted, changed
     assert (read_progress(now()).done & {"train", "draw", "score"}, state_of(now())) == ({"train", "draw"}, "trained")
     changed_code("training/objective.py")
     assert state_of(now()) == "of other training/objective.py"
-    with pytest.raises(ValueError, match=r"seed0: training/objective\.py: --redo true keeps that beside them"):
+    with pytest.raises(ValueError, match=r"seed0: training/objective\.py: --redo true keeps the old runs"):
         refuse_changed([now()])
 
 
@@ -318,7 +318,7 @@ def test_code_that_changes_after_planning_is_refused(scripted):
 
 def test_a_training_that_no_ablation_began_is_left_alone(scripted):
     Path("runs/t/a/seed0/checkpoints").mkdir(parents=True)
-    assert execute(plan_of({"a": {}}))["a"][1].endswith("holds a training that no ablation began; move it away")
+    assert execute(plan_of({"a": {}}))["a"][1].endswith("holds a training run that no ablation started; move it away")
     assert calls() == []
 
 

@@ -111,7 +111,7 @@ def test_moments_are_those_of_adms_evaluator(inception_weights, batch, tmp_path)
     with np.load(tmp_path / "ours.npz") as file:
         before = {name: file[name] for name in file.files if name != "format"}
     np.savez(tmp_path / "before.npz", **before)
-    with pytest.raises(ReferenceError, match="mu_s and sigma_s are in an order of before; write it anew"):
+    with pytest.raises(ReferenceError, match="mu_s and sigma_s are in an outdated order; write it again"):
         read_adm(tmp_path / "before.npz", extractor)
 
 

@@ -251,7 +251,7 @@ def test_autoencoders_that_cannot_be_represented_are_refused(case, tmp_path):
 
 
 def test_images_smaller_than_the_reduction_get_a_sentence(codecs):
-    words = "--data.image_size 4x4 is smaller than the 8x8 pixels that .* makes one of; take larger images"
+    words = "--data.image_size 4x4 is smaller than one latent pixel of .*, 8x8; use larger images"
     with pytest.raises(AutoencoderError, match=words):
         codecs["flux"].latent_shape(4, 4)
 

@@ -172,7 +172,7 @@ def test_a_guidance_scale_without_effect_is_reported(diffusion):
     assert said(3.0, num_guided=0) == [f"{without}it has no null label to be guided away from"]
     plain = []
     resolve_sampling(SamplingConfig(guidance_scale=3.0), meanflow(), 10, say=plain.append)
-    assert plain == [f"{without}meanflow is guided by a command alone"]
+    assert plain == [f"{without}meanflow is only guided if a command asks for it"]
     assert said(1.0) == said(1.5) == said(3.0, guidance_scale=1.0) == []  # 1.5 is what nobody asked for
     beyond = "--sampling.guidance_scale 2: beyond the guidance that is part of the model's training"
     assert said(3.0, guidance_scale=2.0) == [beyond]

@@ -171,7 +171,7 @@ def test_a_stopped_demo_saves_and_says_how_to_go_on(tmp_path, number, stop, stat
     assert (checkpoint / "ema.safetensors").is_file()
     resume = f"{sys.executable} {ROOT / 'train.py'} --resume runs/quickstart"
     said = (tmp_path / "output").read_text().splitlines()
-    assert said[-1] == f"stopped; go on with: cd {tmp_path / 'demo'} && {resume}"
+    assert said[-1] == f"stopped; continue with: cd {tmp_path / 'demo'} && {resume}"
 
 
 @pytest.mark.parametrize("mistake", ["a typo", "a training goes on there"])

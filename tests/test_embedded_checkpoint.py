@@ -93,7 +93,7 @@ def test_a_training_starts_from_it(embedded):
         assert changes_of_meaning("embedded", codec, told) == []
     for diffusion, what in [(replace(same, prediction="velocity"), "prediction x_0"), (DiffusionConfig(), "kind flow")]:
         (warning,) = changes_of_meaning("embedded", codec, diffusion)
-        assert warning == f"its output had another meaning, which has to be learned anew: --diffusion.{what}"
+        assert warning == f"its output had another meaning, which has to be relearned: --diffusion.{what}"
     fresh, names = replace(embedded.spec, num_classes=2).build(), ["of one's own", "pizza"]
     assert warm_start(fresh, "embedded", names, whole=True).endswith(
         "; 1 of 2 classes keep their label embeddings"

@@ -195,7 +195,7 @@ def test_references_are_written_read_and_reused(folder, extractor):
     assert cached
     before = [path.stat().st_mtime_ns for path in cached]
     done = run(*flags[:-1], 7, "--output", "c.json", cwd=folder)
-    assert "--num_samples 7: of 10 classes the first 7 alone are drawn and held against all" in done.stdout
+    assert "--num_samples 7: only 7 of 10 classes are sampled, but compared with all" in done.stdout
     assert [path.stat().st_mtime_ns for path in cached] == before
 
 

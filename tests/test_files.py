@@ -194,5 +194,5 @@ def test_two_images_of_one_name_in_a_zip_are_not_one(tree, tmp_path, again):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name in ("cat/0.png", "cat/1.png", again):
             archive.write(tree / name, name)
-    with pytest.raises(DataError, match=r"a.zip: it holds .*cat/0.png twice; write it anew"):
+    with pytest.raises(DataError, match=r"a.zip: it contains .*cat/0.png twice; write it again"):
         ImageDataset(tmp_path / "a.zip")

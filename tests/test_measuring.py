@@ -149,7 +149,7 @@ def test_records_have_what_is_needed_to_reproduce_them(measured):
     assert record["num_samples"] == record["num_reference"] == NUM
     assert {"commit", "versions", "extractor_sha256", "reference"} <= record.keys()
     assert "spatial_frechet_distance[colors]: none: colors has no spatial features; Inception has" in said
-    assert "cas[colors]: none: it would learn from the very images that it asks of" in said
+    assert "cas[colors]: none: it would be trained and tested on the same images" in said
     assert "latents of embedded: 4 channels, 1/8 of the side; mean " in said
     assert "not FID" in said
 
@@ -207,7 +207,7 @@ def test_the_score_that_decides_is_one_that_all_have():
     rows = [row("a", 1, fid=(None,), psnr=(20.0,)), row("b", 1, fid=(3.0,), psnr=(21.0,))]
     assert recommend(rows, {"a": (4, 8, 8), "b": (4, 8, 8)}).startswith("Take b: psnr, 21.00 (a 20.00)")
     rows = [row("a", 1, psnr=(None,)), row("b", 1, psnr=(21.0,))]
-    assert recommend(rows, {}) == "No score that all of them have says which to take."
+    assert recommend(rows, {}) == "No score is available for all of them, so there is no recommendation."
 
 
 def test_pictures_stand_beside_the_record(measured):
@@ -305,7 +305,7 @@ MISTAKES = {
         "--perceptual vgg19: it measures an autoencoder; leave it out",
     ),
     "heads": ({"samples": "runs/x", "heads": "vgg.pth"}, "--heads vgg.pth: it measures an autoencoder; leave it out"),
-    "pixels": ({"autoencoder": "pixel"}, "--autoencoder pixel: pixels come back as they were"),
+    "pixels": ({"autoencoder": "pixel"}, "--autoencoder pixel: it reconstructs every image exactly"),
     "one of two": ({"autoencoder": "embedded, ./none"}, "--autoencoder ./none: no such folder"),
     "metric": ({"autoencoder": "embedded", "metrics": ["psnr"]}, "--metrics psnr: choose from fid"),
 }

@@ -169,7 +169,7 @@ def test_colour_profiles_that_are_not_applied_are_reported(tmp_path):
             assert has_other_colors(image) == (name in ("adobe", "p3"))
     dataset = ImageDataset(tmp_path, image_size=8)
     assert (dataset.num_other_colors(), dataset.num_enlarged()) == (2, 0)
-    told = "; 2 of the training images have a colour profile beside sRGB, which is not applied"
+    told = "; 2 of the training images have a colour profile other than sRGB, which is not applied"
     assert summarize_splits(dataset, dataset).endswith(told)
     pixels = dataset[dataset.names.index("adobe.jpg")][0]
     assert (pixels.int() - dataset[dataset.names.index("none.jpg")][0]).abs().max() == 0  # as other codebases read it

@@ -76,7 +76,7 @@ def test_a_signal_interrupts_validation_and_samples_which_a_resumed_run_makes_up
     stopped = Path("runs/stopped")
     assert (
         stopped / "stopped"
-    ).read_text() == "SIGTERM: stopped after 2 of 4 steps; go on with --resume runs/stopped\n"
+    ).read_text() == "SIGTERM: stopped after 2 of 4 steps; continue with --resume runs/stopped\n"
     assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["00000002"]
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -105,7 +105,7 @@ def test_a_signalled_launchers_training_saves_and_says_that_it_stopped(tmp_path,
     assert not psutil.wait_procs(family, timeout=300)[1]
     run = tmp_path / "runs/long"
     stopped = (run / "stopped").read_text()
-    assert stopped.endswith(f"of 100000 steps; go on with --resume {run.relative_to(tmp_path)}\n")
+    assert stopped.endswith(f"of 100000 steps; continue with --resume {run.relative_to(tmp_path)}\n")
     assert (run / f"checkpoints/{stopped_after(stopped):08d}/ema.safetensors").is_file()
     with Lock(run / "training.lock"):
         pass

@@ -219,7 +219,7 @@ def test_files_that_are_not_programs_are_refused_in_one_line(files, colour, tmp_
 
 def test_a_damaged_graph_is_told_in_one_line(colour, tmp_path, capfd):
     path = altered(colour, tmp_path / "damaged.pt2", {"models/model.json": lambda content: content[:200]})
-    with pytest.raises(ValueError, match=r"damaged\.pt2: torch .* cannot read it \(.*export it anew") as caught:
+    with pytest.raises(ValueError, match=r"damaged\.pt2: torch .* cannot read it \(.*export it again") as caught:
         load_program(path)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().err == ""
@@ -279,7 +279,7 @@ def test_nothing_in_a_program_is_unpickled_but_tensors(files, tmp_path):
     older = altered(plain, tmp_path / "older.pt2", {}, {"data/weights/model.pt": pickled.getvalue()})
     compiled = altered(plain, tmp_path / "compiled.pt2", {}, {"data/aotinductor/model/model.so": b"machine code"})
     for path, words in {
-        inputs: "its example inputs are not tensors alone",
+        inputs: "its example inputs are not only tensors",
         weights: "weight_0 in it is a pickle",
         custom: "opaque_obj_0",
         older: "it holds data/weights/model.pt, which a plain network does not need",

@@ -120,7 +120,7 @@ def test_samples_or_features_that_are_not_finite_do_not_end_a_training(train, ca
 
     assert train(lambda run, step: 1.0, looks={2: draw, 4: score}).step == 6
     said = capsys.readouterr().out
-    assert "step 2: nothing to draw: images came out as numbers that are not finite" in said
+    assert "step 2: nothing to draw: images are not finite" in said
     assert "step 4: nothing to score: --extractor mine: not finite on 1 of 2 images" in said
 
 

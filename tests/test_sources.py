@@ -259,7 +259,7 @@ def test_a_spread_is_named_for_what_it_is(thumbnail):
     assert notes([row], extractor) == [
         "± of classifier_score[thumbnail]: standard deviation over 10 splits",
         "± of kernel_distance[thumbnail]: standard deviation over 100 subsets of 60 images, no standard error",
-        "classifier_score[thumbnail]: low by the bias of 10 splits of 6 images; compare equal counts alone",
+        "classifier_score[thumbnail]: biased low, with 10 splits of 6 images; compare equal counts only",
     ]
     trials = notes([summarise(Source("run", 60, iter, {}), [scores, scores])], extractor)
     assert "kernel_distance[thumbnail]: standard deviation over 2 trials" in trials[0]
@@ -375,7 +375,7 @@ def test_an_autoencoder_that_has_changed_is_refused(folder, capsys):
     trained_with(decoder_sha256="d").open_codec("embedded")
     assert capsys.readouterr().out == ""
     trained_with(sha256="d").open_codec("embedded")
-    assert "--autoencoder embedded: its latents are others" in capsys.readouterr().out
+    assert "--autoencoder embedded: its latents differ" in capsys.readouterr().out
 
 
 def test_ruined_weights_get_no_score(tmp_path, monkeypatch, folder, thumbnail):

@@ -184,7 +184,7 @@ def test_what_cannot_be_understood_is_one_sentence(shards, spoil, message):
 @pytest.mark.parametrize("name", ["x.tar.gz", "x.tgz", "x.TAR.ZST"])
 def test_compressed_tars_are_refused(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(DataError, match="a compressed tar file is read from its front alone; decompress it"):
+    with pytest.raises(DataError, match="a compressed tar file can only be read sequentially; decompress it"):
         ImageDataset(tmp_path / name)
 
 

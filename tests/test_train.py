@@ -52,7 +52,7 @@ def test_a_training_that_draws_nothing_names_no_picture(folder):
     (folder / "ruined.py").write_text(RUINED)
     flags = ("--name", "ruined", "--imports", "ruined.py", "--sampling.sampler", "ruined", "--train.num_steps", 1)
     told = run("train.py", "--config", "tiny.yaml", *flags, cwd=folder).stdout
-    assert "step 1: nothing to draw: images came out as numbers that are not finite" in told
+    assert "step 1: nothing to draw: images are not finite" in told
     assert "samples:" not in told
 
 
@@ -85,7 +85,7 @@ def test_stopping_and_resuming_anywhere_loses_nothing(folder):
     run(*straight, cwd=folder)
     stopped = run(*flags, "--train.max_hours", 1e-9, "--resume", "auto", cwd=folder, check=False)
     assert stopped.returncode == 75
-    assert "stopped after 1 of 4 steps; go on with --resume runs/stopped" in stopped.stdout
+    assert "stopped after 1 of 4 steps; continue with --resume runs/stopped" in stopped.stdout
     again = run(*flags, "--train.max_hours", 1e-9, "--resume", "auto", cwd=folder, check=False)
     assert "stopped after 2 of 4 steps" in again.stdout
     newest = folder / "runs" / "stopped" / "checkpoints" / "00000002" / "ema.safetensors"
@@ -217,9 +217,9 @@ def test_killed_and_resumed_trainings_end_bitwise_equal(folder):
 def test_several_cpu_processes_warn_of_batch_norms_and_dropout_masks(folder):
     flags = ("--model_args.conv_norm", "batch", "--train.num_steps", 1, "--name", "batchnorm")
     done = run("train.py", "--config", "tiny.yaml", *flags, "--train.grad_accumulation", 2, cwd=folder, processes=2)
-    assert done.stdout.count("Batch norms see each micro-batch by itself") == 1
-    assert done.stdout.count("Batch norms see each process's own share") == 1
-    assert done.stdout.count("Stochastic depth and dropout draw other masks") == 1
+    assert done.stdout.count("Batch norm statistics are per micro-batch") == 1
+    assert done.stdout.count("batch norm statistics are per process") == 1
+    assert done.stdout.count("The random masks of stochastic depth and dropout") == 1
 
 
 def test_help_explains_guidance_and_ends_with_examples(folder):

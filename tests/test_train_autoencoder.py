@@ -76,7 +76,7 @@ def test_resumed_run_equals_the_uninterrupted_one(whole, tmp_path):
     run(SCRIPT, *FLAGS, "--train.max_hours", "1e-9", cwd=tmp_path, check=False)  # stops after one step
     stopped = run(SCRIPT, "--resume", "runs/autoencoder", "--train.max_hours", "1e-9", cwd=tmp_path, check=False)
     assert stopped.returncode == 75
-    assert "stopped after 2 of 6 steps; go on with --resume runs/autoencoder" in stopped.stdout
+    assert "stopped after 2 of 6 steps; continue with --resume runs/autoencoder" in stopped.stdout
     run(SCRIPT, "--resume", "runs/autoencoder", "--train.max_hours", "null", cwd=tmp_path)
     same_weights(whole, tmp_path)
 

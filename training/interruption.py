@@ -86,10 +86,10 @@ class Interruption:
     def reason(self, step: int, num_steps: int) -> str | None:
         """The reason to stop, the same on all processes, or None. Call it after `synchronize`."""
         self.stops_immediately = False
-        self.progress = f"after {step} of {num_steps} steps; go on with --resume {self.run}"
+        self.progress = f"after {step} of {num_steps} steps; continue with --resume {self.run}"
         code = self._code() if self.accelerator.num_processes == 1 else self.agreed
         if code == TIME_LIMIT:
-            return f"--train.max_hours {self.max_hours} are over"
+            return f"--train.max_hours {self.max_hours} is over"
         return signal.Signals(code - 1).name if code else None
 
     @contextmanager

@@ -30,16 +30,16 @@ def share_batch_norms(model: Backbone, accelerator: Accelerator) -> Backbone:
     has_batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
     if accelerator.gradient_accumulation_steps > 1 and has_batch_norm:
         accelerator.print(
-            "Batch norms see each micro-batch by itself: results depend on --train.grad_accumulation. XSwin with "
-            "--model_args.conv_norm group does not."
+            "Batch norm statistics are per micro-batch: results depend on --train.grad_accumulation, but not with "
+            "XSwin's --model_args.conv_norm group."
         )
     if accelerator.num_processes == 1 or not has_batch_norm:
         return model
     if accelerator.device.type == "cuda":
         return cast(Backbone, nn.SyncBatchNorm.convert_sync_batchnorm(model))
     accelerator.print(
-        "Batch norms see each process's own share of a batch on CPUs: results depend on the number of processes. "
-        "XSwin with --model_args.conv_norm group does not."
+        "On CPUs, batch norm statistics are per process: results depend on the number of processes, but not with "
+        "XSwin's --model_args.conv_norm group."
     )
     return model
 
@@ -51,8 +51,8 @@ def note_random_masks(model: Backbone, accelerator: Accelerator) -> None:
     rates += [module.p for module in modules if isinstance(module, _DropoutNd)]
     if accelerator.num_processes * accelerator.gradient_accumulation_steps > 1 and any(rates):
         accelerator.print(
-            "Stochastic depth and dropout draw other masks in another number of processes or micro-batches: results "
-            "depend on it, by chance. Without them (--model_args.drop_path 0) they do not."
+            "The random masks of stochastic depth and dropout depend on the number of processes and micro-batches; "
+            "--model_args.drop_path 0 avoids this."
         )
 
 

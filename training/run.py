@@ -116,8 +116,8 @@ class Run(Generic[R]):
             changed += ["content of --evaluation.extractor or of files of --sampling"] * self.best.lost
             if changed and (self.best.lost or self.best.value is not None):
                 self.best.value = None
-                note = f"{self.checkpoints}/best is kept until there is another: values so far do not compare"
-                self.accelerator.print(f"{note}, they are of other {', '.join(changed)}")
+                note = f"{self.checkpoints}/best is kept until there is another: earlier values are not comparable"
+                self.accelerator.print(f"{note}, because of other {', '.join(changed)}")
         if self.is_main:
             text, path = yaml.safe_dump(self.config.to_dict(), sort_keys=False), self.folder / "config.yaml"
             is_other = checkpoint is None and path.is_file() and path.read_text() != text
