@@ -254,7 +254,9 @@ def read_results(folder: Path, ablation: AblationConfig | None = None) -> Result
         run = RunResult(row, json.loads(scores.read_text()), events)
         variants.setdefault(row["variant"], []).append(run)
     if not variants:
-        raise ValueError(f"{folder}: no run is finished, there is nothing to report yet ({len(missing)} to go)")
+        scored = any((Path(row["folder"]) / "scores.json").is_file() for row in plan["runs"])
+        remedy = "; results of other code count if it is planned with --any_code true" if scored else ""
+        raise ValueError(f"{folder}: no run is finished, there is nothing to report yet ({len(missing)} to go){remedy}")
     return Results(folder, plan, [VariantResult(name, runs) for name, runs in variants.items()], missing)
 
 

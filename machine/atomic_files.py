@@ -68,10 +68,10 @@ def atomic_path(path: Path, *, keep: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def keeping(paths: Iterable[Path]) -> Iterator[None]:
-    """Context that writes to these paths, or not. The files that were there are kept as `NAME.before-TIME`, which is
-    printed, unless they are empty or the same is written again. After an error, those not yet written have their names
-    back."""
-    kept = {path: path.rename(unused_path(path)) for path in paths if path.is_file() and path.stat().st_size}
+    """Context that writes to these paths, or not. Files and folders that were there are kept as `NAME.before-TIME`,
+    which is printed, unless they are empty or the same file is written again. After an error, those not yet written
+    have their names back."""
+    kept = {path: path.rename(unused_path(path)) for path in paths if _holds_anything(path)}
     failed = True
     try:
         yield
@@ -83,7 +83,11 @@ def keeping(paths: Iterable[Path]) -> Iterator[None]:
             elif path.is_file() and filecmp.cmp(path, before, shallow=False):
                 before.unlink()
             else:
-                print(f"{path}: the file that was there is now {before}", flush=True)
+                print(f"{path}: what was there is now {before}", flush=True)
+
+
+def _holds_anything(path: Path) -> bool:
+    return any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size > 0
 
 
 def unused_path(path: Path) -> Path:

@@ -16,7 +16,7 @@ from metrics.npz import WEIGHTS_HASH
 def save_folder(batches: Iterable[UInt8[Tensor, "b 3 h w"]], class_names: list[str], folder: Path) -> None:
     """Save images as `class/000123.png` in a new folder, numbered by index. `class_names` holds each image's class."""
     check_empty(folder, "--output")
-    with atomic_path(folder) as partial:
+    with atomic_path(folder, keep=True) as partial:  # another program may have written there meanwhile
         paths = [
             join_inside(partial, f"./{name}/{index:06d}.png", "--output") for index, name in enumerate(class_names)
         ]

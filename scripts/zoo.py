@@ -73,6 +73,8 @@ def add(
     if not log_file.is_file():
         raise ValueError(f"--run {run}: {log_file} does not exist; give the folder of a training")
     speeds = [event["images_per_second"] for event in read_log(log_file) if "images_per_second" in event]
+    if not speeds:
+        raise ValueError(f"--run {run}: {log_file} has no speeds; train with --log.every above 0")
     values, sampling = read_scores(scores, checkpoint)
     if not all(largest >= 0 for largest in within.values()) or (images is not None and images < 1):
         raise ValueError(f"--within, --images: {within}, {images}; differences are at least 0, images at least 1")

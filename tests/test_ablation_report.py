@@ -374,5 +374,9 @@ def test_a_report_without_finished_runs_is_refused_in_one_line(tmp_path):
     assert done.stderr.strip().endswith("error: runs/empty holds no ablation: there is no runs/empty/plan.json")
     plan = {"runs": [{"variant": "a", "seed": 0, "folder": str(tmp_path / "x"), "keys": {"score": "k"}}]}
     (tmp_path / "runs" / "empty" / "plan.json").write_text(json.dumps(plan))
-    with pytest.raises(ValueError, match="no run is finished, there is nothing to report yet \\(1 to go\\)"):
+    with pytest.raises(ValueError, match=r"no run is finished, there is nothing to report yet \(1 to go\)$"):
+        read_results(tmp_path / "runs" / "empty")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "scores.json").write_text("{}")
+    with pytest.raises(ValueError, match="; results of other code count if it is planned with --any_code true"):
         read_results(tmp_path / "runs" / "empty")

@@ -46,7 +46,17 @@ def test_other_samples_of_that_name_are_kept(tmp_path, capsys):
     for file, images in ((kept, IMAGES), (path, IMAGES.flip(0))):
         with np.load(file) as arrays:
             assert (arrays["arr_0"] == images.permute(0, 2, 3, 1).numpy()).all()
-    assert f"{path}: the file that was there is now {kept}" in capsys.readouterr().out
+    assert f"{path}: what was there is now {kept}" in capsys.readouterr().out
+
+
+def test_samples_that_come_into_a_folder_that_another_program_filled_are_kept_beside_its_own(tmp_path):
+    def batches():
+        yield IMAGES[:2]
+        save_folder(iter([IMAGES[2:]]), ["theirs"] * 3, tmp_path / "images")
+
+    save_folder(batches(), ["ours"] * 2, tmp_path / "images")
+    (theirs,) = tmp_path.glob("images.before-*/theirs")
+    assert [len([*folder.iterdir()]) for folder in (theirs, tmp_path / "images" / "ours")] == [3, 2]
 
 
 def test_batches_become_an_npz_and_a_folder(tmp_path):

@@ -275,7 +275,7 @@ def test_pictures_of_somebody_else_are_kept(folder, monkeypatch, capsys):
     for name, text in theirs.items():
         (kept,) = folder.glob(f"{name}.before-*")
         assert kept.read_text() == text
-    assert "mine.png: the file that was there is now mine.png.before-" in capsys.readouterr().out
+    assert "mine.png: what was there is now mine.png.before-" in capsys.readouterr().out
     sample.main(sample.SampleConfig("runs/tiny", precision="fp32", **samplings[0]))  # the same again
     assert len([*folder.glob("mine*.png.before-*")]) == 2
 

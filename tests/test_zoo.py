@@ -135,6 +135,12 @@ def test_images_of_steps_with_another_batch_size_are_counted_as_they_were(folder
 
 def test_what_the_zoo_cannot_index_or_compare_is_said(folder, index):
     run, config = folder / "runs" / "tiny", ROOT / "configs" / "quickstart.yaml"
+    silent = shutil.copytree(run, index / "silent")
+    (silent / "log.jsonl").write_text('{"step": 1, "validation_loss": 1.0}\n')
+    with pytest.raises(
+        ValueError, match=r"--run .*silent: .*log\.jsonl has no speeds; train with --log\.every above 0"
+    ):
+        ZOO.add("mine", silent, config, recognised(index, 0.9), {})
     with pytest.raises(ValueError, match="--within: fid is not in --scores, which have class_agreement"):
         ZOO.add("mine", run, config, recognised(index, 0.9), {"fid": 1.0})
     with pytest.raises(ValueError, match=r"--within, --images: .* -1.* at least 0, images at least 1"):
