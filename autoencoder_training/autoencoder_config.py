@@ -108,7 +108,7 @@ class AutoencoderLogConfig(BaseLogConfig):
     """Outputs during the training, and how often they are written (in optimizer steps; 0: never).
 
     Args:
-        sample_every: reconstruct held-out images with the averaged weights, and compute their PSNR
+        sample_every: reconstruct held-out images with the EMA weights, and compute their PSNR
     """
 
     sample_every: int = within("[0, inf)", 1000)

@@ -1,7 +1,7 @@
 """Codecs, which convert between images and the space in which a backbone denoises.
 
 Encoding has two steps. The first is expensive and deterministic, so it can be cached; the second is cheap and random,
-and runs anew in every epoch:
+and runs again in every epoch:
 
     stored = codec.prepare(images)      # once: posterior moments, latents, or the pixels themselves
     x_0 = codec.draw(stored, noise)     # every time: about zero mean and unit variance
@@ -54,7 +54,7 @@ def _posterior_sample(moments: Float[Tensor, "b moments h w"], noise: Latents) -
 
 
 def _total_factor(levels: Sequence[Any], factor: int = 2) -> int:
-    """The factor between the first and the last of several levels, of which adjacent ones differ by `factor`."""
+    """The factor between the first and the last of several levels, if adjacent ones differ by `factor`."""
     return factor ** (len(levels) - 1)
 
 

@@ -1,1 +1,1 @@
-"""Saving and resuming, averaged weights, checkpoints on the hub."""
+"""Saving and resuming, EMA weights, checkpoints on the hub."""

@@ -78,7 +78,7 @@ class Average:
             average.copy_(current[name])
 
     def state(self) -> dict[str, int | None] | None:
-        """The state that checkpoints save beside the tensors."""
+        """The state that checkpoints save in addition to the tensors."""
         return self.began
 
     def restore(self, state: dict[str, int | None] | None) -> None:

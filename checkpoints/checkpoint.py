@@ -2,7 +2,7 @@
 
 The file is all that sampling and evaluation need. Its metadata hold the configuration, the arguments of the backbone
 that follow from the data, the class names, the identity of autoencoder and splits, the step, the commit, and checksums
-of metadata and weights, which every reader verifies. Files for resuming lie beside it: `checkpoints.training_state`.
+of metadata and weights, which every reader verifies. Files for resuming are next to it: `checkpoints.training_state`.
 """
 
 import hashlib
@@ -88,7 +88,7 @@ class Checkpoint:
         return self.config.guided_classes(len(self.classes))
 
     def load_model(self, device: torch.device | str = "cpu") -> nn.Module:
-        """Build the backbone and load its averaged weights, in eval mode, frozen and on `device`. Raises
+        """Build the backbone and load its EMA weights, in eval mode, frozen and on `device`. Raises
         CheckpointError if the file has other weights than when it was opened."""
         with torch.random.fork_rng(devices=[]):  # loading must not advance the global random state
             model = self.spec.build()

@@ -23,12 +23,12 @@ from machine.checkpoint_folder import checkpoint_path, paths_by_step, write_chec
 from machine.sharding import gather, shard_like
 
 PROFILES = "state/profiles.safetensors"
-SNAPSHOTS = "snapshots"  # beside checkpoints/: power-function averages, never dropped
+SNAPSHOTS = "snapshots"  # next to checkpoints/: power-function averages, never deleted
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All objects whose state a training changes, by their names in a checkpoint. Objects in `others` have `state()`,
+    """All objects whose state changes in training, by their names in a checkpoint. Objects in `others` have `state()`,
     which returns JSON values, and `restore(state)`."""
 
     networks: Mapping[str, nn.Module]

@@ -29,7 +29,7 @@ def warm_start(
     *,
     whole: bool = False,
 ) -> str:
-    """Initialise a model from the averaged weights of a checkpoint, and return a report of what was loaded.
+    """Initialise a model from the EMA weights of a checkpoint, and return a report of what was loaded.
 
     Weights are matched by name and shape, and rows of label embeddings by class name. Raises CheckpointError if none
     fits or, for a `whole` model, if one is missing, except for label embeddings.

@@ -10,7 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SIDE = 16  # the hash has SIDE x SIDE bits; with 8 x 8, photographs of one kind of object chain into large groups
-MAX_DIFFERENCE = 0.1  # near-duplicates differ in at most this share of the bits
+MAX_DIFFERENCE = 0.1  # near-duplicates differ in at most this fraction of the bits
 MAX_GREY_DISTANCE = 5.0  # largest mean difference of the greys, in levels of 255, where the hash is not meaningful
 
 

@@ -22,7 +22,7 @@ from data.pixels import SUFFIXES
 from machine.atomic_files import write_atomic
 
 MAX_BYTES = 2**30  # per file
-NAMES = "classnames.txt"  # beside tar shards: the names of the classes, one per line, starting with class 0
+NAMES = "classnames.txt"  # next to tar shards: the names of the classes, one per line, starting with class 0
 HASH_CACHE = "latent-diffusion-backbones/hashes"  # below the user's cache folder
 SLOW_SECONDS = 2.0  # hashes and counts that take longer are kept there
 SETTLED = 10 * 10**9  # nanoseconds after which a file's times tell changes apart on any file system

@@ -329,7 +329,7 @@ def _open_files(path: str | Path, label_column: str | None) -> Folder | Zip | Ta
 def hold_out(
     classes: Mapping[str, str], fraction: float, seed: int, group_of: Mapping[str, str] = MappingProxyType({})
 ) -> set[str]:
-    """Choose the names to hold out: the first `fraction` of each class, at least one image and never all, ordered by a
+    """Choose the names to hold out: the first `fraction` of each class, at least one image but never all, ordered by a
     seeded hash. A group, such as of near-duplicates, is held out as a whole or not at all."""
     members: defaultdict[str, defaultdict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for name, label in classes.items():

@@ -29,21 +29,21 @@ from data.tars import layout_of_shards
 from machine.atomic_files import sha256_of
 from machine.hugging_face import SCHEME, describe_error
 
-KEPT_BYTES = 2**29  # of row groups that a process keeps in memory, beside the one in use
+KEPT_BYTES = 2**29  # of row groups that a process keeps in memory, in addition to the one in use
 NUM_CONNECTIONS = 16
 IMAGE_COLUMNS = ("image", "img")  # the first of them, where several columns hold images
 LABEL_COLUMN = "label"
-PARTIAL = "partial-"  # before the name of a split of which the hub has converted a part, because it is large
+PARTIAL = "partial-"  # prefix of splits that are too large for the hub to convert in full
 LABELS = re.compile(r"(dictionary<values=)?(bool|u?int\d+|(large_)?string(_view)?)(, .*)?")  # types of labels
 NO_LABELS = re.compile(r"null|struct|map|(\w+_)?list")  # types of columns that hold no class for each image
 
 
 class UnreachableError(DataError):
-    """The hub cannot be read. Unlike a damaged image, that is no reason to leave images out."""
+    """The hub cannot be read. Unlike with a damaged image, images must not be left out because of it."""
 
 
 class Shard(NamedTuple):
-    """What is read of a shard at first: everything but its images."""
+    """What is read from a shard at first: everything but its images."""
 
     starts: list[int]  # first row of each row group, and the number of rows
     image_column: str

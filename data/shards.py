@@ -25,7 +25,7 @@ from data.layout import DataError
 from machine.atomic_files import atomic_path
 
 TENSORS = ("stored", "labels", "source_indices")
-CHECKED = "checked"  # file beside the shards: their stamp when their checksums were last verified
+CHECKED = "checked"  # file next to the shards: their stamp when their checksums were last verified
 
 
 class Rows:
@@ -84,7 +84,7 @@ def write_shard(path: Path, shard: Mapping[str, Tensor]) -> None:
 
 def verify_once(paths: Sequence[Path]) -> None:
     """Verify the checksums of shards, which means reading them at 1 to 2 GB/s. Sizes and times are then recorded in a
-    file beside them; as long as these stay the same, the shards are not read again."""
+    file next to them; as long as these stay the same, the shards are not read again."""
     folder = paths[0].parent
     current = fingerprint(folder, [path.name for path in paths])
     with suppress(OSError):

@@ -69,7 +69,7 @@ def infer_tar_layout(
 def layout_of_shards(
     labels: dict[str, str], left_out: dict[str, list[str]], kind: str, class_names: str | None = None, place: str = ""
 ) -> Layout:
-    """Lay out labelled images, split by their shards' names; beside train and test, val shards are left out."""
+    """Lay out labelled images, split by their shards' names; if there are train and test shards, val is left out."""
     splits, split_note = split_by_shards(list(labels))
     if splits:
         in_splits = {*splits["train"], *splits["test"]}

@@ -1,1 +1,1 @@
-"""What is scored, its scores, and the tables and pictures that show them."""
+"""Sources of images, their scores, and the tables and pictures that show them."""

@@ -219,14 +219,14 @@ def measure_autoencoders(
 
 
 def untaught(metrics: Sequence[str]) -> list[str]:
-    """The metrics that train no classifier on the samples, as it would be tested on the same images."""
+    """The metrics that train no classifier on the samples, which would be tested on the same images."""
     return [name for name in metrics if not METRICS[name].teaches]
 
 
 def score_reconstructions(
     codec: LatentCodec, images: Source, distance: Distance, scorer: Scorer, reference: Reference
 ) -> tuple[Row, Measurement]:
-    """Score what an autoencoder makes of images, measure its latents, and time it."""
+    """Score an autoencoder's reconstructions, measure its latents, and time it."""
     accelerator, evaluation, extractor = scorer.accelerator, scorer.evaluation, scorer.extractor
     source = reconstructions(images, codec.to(accelerator.device), accelerator.device)
     measurement = measure(codec, images, distance, accelerator, evaluation.batch_size)
@@ -331,7 +331,7 @@ def draw_spectra(frequencies: Sequence[float], powers: Mapping[str, Sequence[flo
 
 
 def advice(rows: Sequence[Row], codecs: Sequence[LatentCodec], image_size: int) -> list[str]:
-    """Sentences of advice: which autoencoder to take, and which of them does not suit the images."""
+    """Sentences of advice: which autoencoder to use, and which do not suit the images."""
     shapes = {codec.source: codec.latent_shape(image_size, image_size) for codec in codecs}
     lines = [recommend(rows, shapes)] if len(rows) > 1 else []
     return lines + [line for row, codec in zip(rows, codecs, strict=True) if (line := warn_unsuitable(row, codec))]

@@ -31,12 +31,12 @@ from metrics.scores import check_per_image
 from sampling.grids import save_grid
 from settings import set_values
 
-BESIDE = (".png", "-sweep.png", "-nearest.png", ".tex")  # endings of what is written beside a record
+BESIDE = (".png", "-sweep.png", "-nearest.png", ".tex")  # endings of the files that go with a record
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that is opened before samples are scored."""
+    """Everything that is opened before samples are scored."""
 
     codec: Codec
     reference: Reference
@@ -49,7 +49,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Results:
-    """What was computed of the inputs; `extra` holds further entries of the record."""
+    """What was computed from the inputs; `extra` holds further entries of the record."""
 
     rows: list[Row]
     nearest: Memorisation | None
@@ -70,7 +70,7 @@ class Command:
     @property
     def output(self) -> Path:
         """Path of the record; by default in the run's folder, under another name once there are newer weights, or
-        beside a fixed set of samples."""
+        next to a fixed set of samples."""
         if self.flags.output:
             return Path(self.flags.output)
         if self.checkpoint and is_run(self.samples):
@@ -127,7 +127,7 @@ class Command:
         return [[samples]]
 
     def score(self, inputs: Inputs) -> Results:
-        """Score all rows, and compute what else is asked for; the results are the main process's."""
+        """Score all rows, and compute whatever else is requested; only the main process has the results."""
         flags, scorer, extra = self.flags, self.scorer, dict[str, Any]()
         is_main = scorer.accelerator.is_main_process
         if flags.likelihood and self.checkpoint and inputs.held_out:
@@ -153,7 +153,7 @@ class Command:
         return Results(rows, nearest, extra)
 
     def columns(self, inputs: Inputs) -> list[str]:
-        """Settings of the sampler to show beside scores, where rows differ in them."""
+        """Settings of the sampler to show with the scores, if rows differ in them."""
         sampling = set_values(self.flags.sampling)
         swept = [name for name, value in sampling.items() if isinstance(value, str) and "," in value]
         return [*dict.fromkeys([*record.SWEPT, *swept])] if inputs.num_settings > 1 else []
@@ -163,12 +163,12 @@ class Command:
         return record.format_report(results.rows, columns, inputs.reference, extractor, results.extra)
 
     def write(self, inputs: Inputs, results: Results) -> list[Path]:
-        """Write the record, with everything needed to reproduce it, and what belongs beside it; return the paths. What
-        lay beside an earlier record is kept."""
+        """Write the record, with everything needed to reproduce it, and the files that go with it; return the paths.
+        Files that went with an earlier record are kept."""
         output = self.output  # by now there may be newer weights
         finished = {**record.provenance(results.rows, inputs.reference, self.scorer), **results.extra}
         beside = [output.with_name(f"{output.stem}{ending}") for ending in BESIDE]
-        with taking_turns(output.parent), keeping(beside):  # or pictures of one could lie beside the record of another
+        with taking_turns(output.parent), keeping(beside):  # or one's pictures could end up with another's record
             record.write_json(finished, output)
             record.remove_unfinished(finished, output)
             written = [output, *self.write_pictures(output, inputs, results)]

@@ -1,4 +1,4 @@
-"""Rows of several evaluations' records, once it is certain that their scores compare."""
+"""Rows of several evaluations' records, after checking that their scores are comparable."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -102,7 +102,7 @@ def varying_settings(rows: Sequence[Row]) -> list[str]:
 
 
 def lines_of(samples: Sequence[Row], columns: Sequence[str]) -> list[str]:
-    """Those of `columns` of which a figure needs a line for each value. Others follow from the evaluation."""
+    """Those of `columns` for which a figure needs a line per value. The others follow from the evaluation."""
     runs = [[row for row in samples if row.name == name] for name in {row.name for row in samples}]
     within = {name for rows in runs for name in varying_settings(rows)}
     return [name for name in columns if name in SWEEPABLE or name in within]

@@ -41,7 +41,7 @@ def provenance(rows: Sequence[Row], reference: Reference, scorer: Scorer) -> dic
 
 def write_json(record: dict[str, Any], path: Path) -> None:
     """Write a record as strict JSON, with infinite numbers as text. An existing file is renamed instead of overwritten,
-    unless all of its scores are computed anew, on as many images."""
+    unless all of its scores are computed again, on as many images."""
     record, existing = _strict(record), _read_json(path)
     if path.is_file() and path.stat().st_size and (what := _lost(existing, record)):
         print(f"{path} was of {what}, and is now {path.rename(unused_path(path))}")
@@ -74,7 +74,7 @@ def _read_json(path: Path) -> Any:
 
 
 def _lost(existing: Any, record: Any) -> str:
-    """What a file has that another lacks, in words; empty if that is nothing."""
+    """What a file has that another lacks, in words; empty if nothing."""
     try:
         if _num_likelihood(existing) > _num_likelihood(record):
             return "the likelihood of more images"

@@ -50,7 +50,7 @@ class Memorisation:
 
     closer: float  # probability that a sample is closer than a held-out image: 0.5 for novel samples, 1 for copies
     copies: float  # the same for copies of training images in place of the samples
-    found: float  # share of these copies whose nearest training image is their original
+    found: float  # fraction of these copies whose nearest training image is their original
     distances: Float[Tensor, " n"]  # from each sample to its nearest training image
     nearest: Int64[Tensor, " n"]  # index of that image
 
@@ -215,7 +215,7 @@ class Scorer:
 
 
 def open_scorer(data: DataConfig, accelerator: Accelerator, evaluation: EvaluationConfig) -> tuple[Scorer, Reference]:
-    """Create a scorer and the reference of held-out images, so early that a missing extractor is noticed."""
+    """Create a scorer and the reference of held-out images, early enough to notice a missing extractor."""
     scorer = Scorer(evaluation, accelerator)
     return scorer, scorer.reference(data)
 

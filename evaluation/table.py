@@ -24,7 +24,7 @@ TEX = {character: rf"\{character}" for character in "&%$#_{}"} | {
 
 
 class Cell(NamedTuple):
-    """A cell with more than a text."""
+    """A cell with more than just text."""
 
     text: str
     value: float | None = None  # to sort by

@@ -1,4 +1,4 @@
-"""Build a model of which each process holds only its shards, with the same initial weights as a model built whole."""
+"""Build a model so that each process holds only its shards, with the same initial weights as a model built whole."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar

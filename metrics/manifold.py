@@ -23,9 +23,9 @@ def count_neighbours(
     """Compute precision, recall, density and coverage by balls around images, whose radius is the distance to the k-th
     neighbour.
 
-    Precision is the share of samples inside any ball around a reference image, recall the reverse (Kynkäänniemi et al.
-    2019; k = `neighbourhood`). Density is the mean number of balls around reference images that contain a sample, over
-    k; coverage is the share of these balls that contain a sample (Naeem et al. 2020, eqs. 3 and 4; k =
+    Precision is the fraction of samples inside any ball around a reference image, recall the reverse (Kynkäänniemi et
+    al. 2019; k = `neighbourhood`). Density is the mean number of balls around reference images that contain a sample,
+    over k; coverage is the fraction of these balls that contain a sample (Naeem et al. 2020, eqs. 3 and 4; k =
     `density_neighbourhood`).
     """
     num, num_reference = len(samples), len(reference)

@@ -109,7 +109,7 @@ class _Unsupported(Exception):
 
 
 def load_exported(path: str | Path) -> ExportedNetwork:
-    """Load a network from a `.pt2` file, of which only tensors are unpickled. See `load_program`."""
+    """Load a network from a `.pt2` file; only tensors are unpickled. See `load_program`."""
     try:
         _refuse_pickles(str(path))
         with _quiet():

@@ -119,7 +119,7 @@ def load_guide_model(
     classes: Sequence[str],
     identity: Mapping[str, Mapping[str, Any]],
 ) -> nn.Module | None:
-    """Load the averaged weights of `guidance_checkpoint`, if set: the worse model of autoguidance (Karras et al. 2024)
+    """Load the EMA weights of `guidance_checkpoint`, if set: the worse model of autoguidance (Karras et al. 2024)
     or, without labels, of Domain Guidance (Zhong et al. 2025).
 
     The other arguments describe the guided model. Raises ValueError if the guide differs from it in more than backbone

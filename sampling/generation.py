@@ -43,7 +43,7 @@ class Generator:
     callback: Callback | None = None
     guide_model: nn.Module | None = None  # for autoguidance
     on_stage: Callable[[str, Tensor], None] | None = None  # receives the output of each stage of a cascade
-    compiled: str | None = None  # see `compile_blocks`; batches are then filled up, as each size is compiled anew
+    compiled: str | None = None  # see `compile_blocks`; batches are then padded, as each size needs a compilation
 
     @property
     def num_steps(self) -> int:
@@ -51,7 +51,7 @@ class Generator:
 
     @property
     def batch_size(self) -> int:
-        """Images per batch where nothing else is asked for: more of a small model on a GPU, which would wait for the
+        """Images per batch by default: more for a small model on a GPU, which would otherwise wait for the
         host between its kernels. The images are the same in any batch."""
         if self.accelerator.device.type != "cuda":
             return BATCH_SIZE
@@ -61,7 +61,7 @@ class Generator:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """All that the images depend on besides the model and their labels, for records."""
+        """Everything except model and labels that the images depend on, for records."""
         sampling = replace(self.sampling, num_steps=self.num_steps)
         values: dict[str, Any] = {"seed": self.seed, "weights": "ema", "autoencoder": self.codec.provenance}
         values |= {"precision": precision_of(self.accelerator), "model_calls": num_calls(self.diffusion, sampling)}

@@ -34,7 +34,7 @@ def interpolate(
 ) -> UInt8[Tensor, "n 3 H W"]:
     """Generate equidistant images along the way between two classes, whose predictions are mixed linearly, and two
     seeds, whose initial noises are interpolated spherically; both ends are included. Random steps use the first seed.
-    With `only`, generate the image of this index alone."""
+    With `only`, generate only the image of this index."""
     if isinstance(generator.diffusion, Staged) and labels[0] != labels[1]:
         raise ValueError("--interpolate: a cascade has no one prediction to mix; give --class one class, and --to_seed")
     if num_images < 2:

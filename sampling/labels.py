@@ -42,7 +42,7 @@ def sample_labels(
     trial: int = 0,
 ) -> Int64[Tensor, " n"]:
     """Choose the labels of samples to be scored by the policy `evaluation.labels`: `balanced`, all classes in turn;
-    `reference`, each class in proportion to its share of the reference's labels; or `random`, uniform over classes.
+    `reference`, each class in proportion to its frequency in the reference; or `random`, uniform over classes.
 
     There are as many samples as images in the reference, unless the evaluation says otherwise. `trial` is added to the
     seed.

@@ -65,7 +65,7 @@ class Pipeline:
             classes: names or labels; all by default
             num_per_class: images per class
             seed: of the samples
-            batch_size: images at a time; by default 64, of small models on a GPU 512
+            batch_size: images at a time; by default 64, for small models on a GPU 512
             sampling: replaces settings of the checkpoint: `guidance_scale=2.0, num_steps=16, sampler="heun"`
 
         Raises:

@@ -24,7 +24,7 @@ from settings import reads
 
 IGNORED = ("name", "resume", "log.", "data.cache")  # settings that do not affect results
 OWN = '<div class="cards">'  # by which a gallery of before is told from other pages
-CAPTIONS = {"loss": "Training loss.", "validation_loss": "Loss on held-out images, of the averaged weights."}
+CAPTIONS = {"loss": "Training loss.", "validation_loss": "Loss of the EMA weights on held-out images."}
 
 
 class Run(NamedTuple):
@@ -103,7 +103,7 @@ def read_run(folder: Path) -> Run:
 
 
 def scoring_of(record: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a record of scores without which its numbers do not compare with others."""
+    """The settings that must agree for the numbers of two records of scores to be comparable."""
     samples, reference = record.get("samples", {}), record.get("reference", {})
     names = [setting.name for setting in fields(SamplingConfig)]
     names += ["guide_sha256", "spacing_sha256", "labels", "precision"]

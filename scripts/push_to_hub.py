@@ -20,7 +20,7 @@ from experiment.cli import run_main
 
 @dataclass(frozen=True)
 class PushConfig:
-    """Upload averaged weights, configuration, curves, samples, scores and a model card.
+    """Upload EMA weights, configuration, curves, samples, scores and a model card.
 
     Args:
         checkpoint: a run's folder, a checkpoint, or its ema.safetensors

@@ -37,9 +37,9 @@ class Page:
         defaults, image = settings_of(first), partial(gr.Image, type="pil", format="png")
         checkpoints = self.studio.checkpoints.values()
         samplers = list(dict.fromkeys(name for checkpoint in checkpoints for name in sampler_names(checkpoint)))
-        title = "Draw from a checkpoint"
+        title = "Sample from a checkpoint"
         with gr.Blocks(title=title, delete_cache=(300, SECONDS_KEPT), analytics_enabled=False) as page:
-            gr.Markdown(f"## {title}\nThe same seeds for every backbone; each picture with its command.")
+            gr.Markdown(f"## {title}\nAll backbones use the same seeds; each picture comes with its command.")
             history = gr.State([], time_to_live=SECONDS_KEPT)  # per run, a picture per moment
             with gr.Row():
                 with gr.Column(scale=2, min_width=300):
@@ -72,9 +72,9 @@ class Page:
                     ]
                     moment = gr.Slider(1, 2, 1, step=1, label="Back through the steps", visible=False)
                     style = {"lines": 2, "max_lines": 12, "buttons": ["copy"], "elem_classes": "command"}
-                    command = gr.Textbox(label="The same pictures, from a shell", interactive=False, **style)
+                    command = gr.Textbox(label="The command for these pictures", interactive=False, **style)
                     with gr.Accordion("Nearest training images", open=False):
-                        gr.Markdown("By colours and layout (16x16 pixels) among the images it was trained on.")
+                        gr.Markdown("By colour and layout (16x16 pixels), among its training images.")
                         find = gr.Button("Look them up")
                         neighbours = image(label="Pictures above, training images below")
 
@@ -204,7 +204,7 @@ class Page:
         return self.studio.command(request, f"{name}.png")
 
     def title(self, request: Request, images: torch.Tensor) -> str:
-        """The run, and how many of its pictures a classifier takes for the class asked for."""
+        """The run, and how many of its pictures a classifier assigns to the requested class."""
         number = self.studio.num_recognised(request, images)
         return request.run if number is None else f"{request.run}: {number} of {len(images)} recognised"
 
@@ -240,7 +240,7 @@ def settings_of(checkpoint: Checkpoint) -> tuple[str, int, float]:
 
 
 def guidance_limits(checkpoint: Checkpoint) -> tuple[float, float]:
-    """The least and the largest guidance scale to choose from; a model that is told its scale has learned these."""
+    """The least and the largest guidance scale to choose from, learned if the scale is an input of the model."""
     largest = checkpoint.build_diffusion().guidance_max
     return (0.0, 10.0) if largest is None else (1.0, largest)
 

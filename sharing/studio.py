@@ -151,7 +151,7 @@ class Studio:
         return "python sample.py " + " ".join(words)
 
     def num_recognised(self, request: Request, pictures: UInt8[Tensor, "n 3 h w"]) -> int | None:
-        """Count the pictures that the classifier takes for the class asked for. None without a classifier that knows
+        """Count the pictures that the classifier assigns to the requested class. None without a classifier that knows
         it, and for an interpolation, whose pictures have no single class. A classifier whose file names no classes is
         taken to distinguish the checkpoint's, if these are as many."""
         classes = self.classes(request.run)

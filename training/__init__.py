@@ -1,1 +1,1 @@
-"""The parts that the loop in train.py is made of."""
+"""The building blocks of the training loop in train.py."""

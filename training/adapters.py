@@ -1,4 +1,4 @@
-"""Adapters: train a few weights of a backbone and leave the others unchanged, bit for bit."""
+"""Adapters: train a few weights of a backbone and leave the others bitwise unchanged."""
 
 from collections.abc import Iterable
 from typing import Any

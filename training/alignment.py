@@ -28,7 +28,7 @@ class Alignment(nn.Module):
     positions (Yu et al. 2025, eq. 8).
 
     With `irepa` the projector is a convolution, and features are normalised over the positions of an image, which
-    removes what they have in common (Singh et al. 2025). Hidden states come from the forward pass of the diffusion's
+    removes their common component (Singh et al. 2025). Hidden states come from the forward pass of the diffusion's
     loss, so that the projector is the only extra cost of a step.
     """
 

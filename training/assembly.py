@@ -35,7 +35,7 @@ def open_training(config: ExperimentConfig) -> AbstractContextManager[Run[Experi
 
 
 class Task(NamedTuple):
-    """What a backbone is trained for, and its specification, which follows from that."""
+    """What a backbone is trained for, and the specification that follows from it."""
 
     diffusion: Diffusion
     codec: Codec
@@ -66,7 +66,7 @@ def build_backbone(run: Run[ExperimentConfig], task: Task) -> Backbone:
 
 
 def _shards_of(spec: ModelSpec, accelerator: Accelerator) -> Backbone | None:
-    """Build the backbone in shards, if FSDP is to divide it among all processes."""
+    """Build the backbone in shards, if FSDP divides it among all processes."""
     if not accelerator.is_fsdp2 or accelerator.torch_device_mesh is not None:
         return None
     random_state = torch.get_rng_state()
@@ -89,7 +89,7 @@ def build_objective(run: Run[ExperimentConfig], task: Task, model: Backbone) -> 
 def build_batches(
     run: Run[ExperimentConfig], task: Task, objective: Objective, features: LatentCache | None
 ) -> Batches:
-    """Open the encoded images, and create the batches of a training; this process gets its share of each."""
+    """Open the encoded images, and create the training batches; this process gets its part of each."""
     config, accelerator = run.config, run.accelerator
     cache = open_cache(config.data, task.codec, task.images, accelerator, flips=config.data.flip)
     ranks = accelerator.process_index, accelerator.num_processes

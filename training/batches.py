@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Batch:
-    """One process's share of a micro-batch."""
+    """One process's part of a micro-batch."""
 
     x_0: Float[Tensor, "b c h w"]
     y: Int64[Tensor, " b"]
@@ -42,10 +42,10 @@ class Batch:
 
 
 class Batches:
-    """The endless stream of training batches from a latent cache.
+    """The infinite stream of training batches from a latent cache.
 
     Images come in permuted epochs or, with `train.class_balanced`, in rounds with one image of each class. `features`
-    is a cache of a frozen network's features of the same views, for alignment. Each rank gets its share of each
+    is a cache of a frozen network's features of the same views, for alignment. Each rank gets its part of each
     micro-batch.
     """
 
@@ -164,7 +164,7 @@ class Reader:
 
 
 class BalancedStream:
-    """An endless stream of rounds with one image of every class, in random order; each class in permuted epochs."""
+    """An infinite stream of rounds with one image per class, in random order; each class in permuted epochs."""
 
     def __init__(self, labels: Int64[Tensor, " n"], seed: int) -> None:
         sizes = labels.bincount()
@@ -190,7 +190,7 @@ class BalancedStream:
 def positions(
     num_images: int, start: int, num: int, seed: int, purpose: str, order: int = 0, device: Device = "cpu"
 ) -> Int64[Tensor, " n"]:
-    """Return the indices of images `start` to `start + num` of an endless stream of permuted epochs."""
+    """Return the indices of images `start` to `start + num` of an infinite stream of permuted epochs."""
 
     def epoch(number: int) -> Int64[Tensor, " n"]:
         return permutation(num_images, seed, purpose, number, order, device=device)
@@ -199,7 +199,7 @@ def positions(
 
 
 def slice_of_stream(chunk: Callable[[int], Tensor], length: int, start: int, num: int) -> Int64[Tensor, " n"]:
-    """Return elements `start` to `start + num` of an endless stream, the concatenation of chunks of this length."""
+    """Return elements `start` to `start + num` of an infinite stream, the concatenation of chunks of this length."""
     parts = []
     for number in range(start // length, -(-(start + num) // length)):
         first = number * length

@@ -7,7 +7,7 @@ from typing import Any
 from machine.checkpoint_folder import paths_by_step
 from training.log import errors_as_warnings, read_log
 
-MOST_FRAMES, WIDEST = 50, 1000  # grids in progress.gif, and their width in pixels: all are drawn anew with each grid
+MOST_FRAMES, WIDEST = 50, 1000  # grids in progress.gif, and their width in pixels: all are redrawn with each grid
 
 
 @errors_as_warnings("loss.png")
@@ -24,7 +24,7 @@ def draw_curve(run: Path) -> None:
     figure = Figure(figsize=(width, 3.5))
     axes = figure.add_axes((0.96 / width, 0.14, 4.86 / width, 0.77))  # fixed: a layout would double the time
     lowest = 1.0
-    for name, label in (("loss", "training"), ("validation_loss", "held-out images, averaged weights")):
+    for name, label in (("loss", "training"), ("validation_loss", "held-out images, EMA weights")):
         points = _points(events, name)
         if points:
             axes.plot(*zip(*points, strict=True), label=label, linewidth=1, marker="o" if len(points) < 20 else "")
@@ -91,7 +91,7 @@ def draw_progress(run: Path, at_most: int = 10) -> None:
 
 
 def _spread(items: Sequence[Any], at_most: int) -> list[Any]:
-    """Up to so many of the items, evenly spaced, the first and the last among them."""
+    """Up to so many of the items, evenly spaced, including the first and the last."""
     num = min(at_most, len(items))
     return [items[round(index * (len(items) - 1) / max(1, num - 1))] for index in range(num)]
 

@@ -54,7 +54,7 @@ def measured_by(extractor: str, sampling: SamplingConfig, accelerator: Accelerat
 
 @dataclass(frozen=True)
 class Inspections:
-    """Inspects the averaged weights, with the same images, noise and labels each time. All processes take part."""
+    """Inspects the EMA weights, with the same images, noise and labels each time. All processes take part."""
 
     run: Run[ExperimentConfig]
     ema: EMA

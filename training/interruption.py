@@ -23,7 +23,7 @@ TIME_LIMIT = 1  # code of a reason to stop; 0 stands for none, and 1 + n for sig
 
 
 class Stopped(BaseException):
-    """The run is stopped early; the message is the reason. It is no Exception, so that no error handler catches it."""
+    """The run is stopped early; the message is the reason. Not an Exception, so that no error handler catches it."""
 
 
 class Interruption:

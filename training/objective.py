@@ -44,7 +44,7 @@ class Objective:
     """The diffusion's loss with auxiliary losses and alignment.
 
     A diffusion may set its attribute `objective` to a subclass. `heads` are the losses that are modules: they are
-    trained and saved beside the model, but are not a part of it.
+    trained and saved with the model, but are not part of it.
     """
 
     phases: Sequence[int | float] = (1.0,)  # relative lengths of the phases of a training

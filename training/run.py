@@ -56,7 +56,7 @@ def open_run(config: R, **options: Any) -> Iterator["Run[R]"]:
 
 
 class Run(Generic[R]):
-    """A training run. After `begin`, iterating over `steps` runs the loop; between two steps the run inspects, saves,
+    """A training run. After `begin`, iterating over `steps` runs the loop; between steps the run inspects, saves,
     rolls back or stops. All processes must make the same calls."""
 
     # Set by `begin`.
