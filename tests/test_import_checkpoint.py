@@ -212,6 +212,7 @@ def published_uvit(side, patch_size, dim, half):
         ("lightningdit", published_lightningdit(2, 1024, 24, 64, 2730), "LightningDiT-L/2", 16),
         ("uvit", published_uvit(64, 4, 768, 8), "U-ViT-M/4", 64),
         ("uvit", published_uvit(32, 2, 1024, 10), "U-ViT-L/2", 32),
+        ("uvit", published_uvit(32, 2, 1152, 14), "U-ViT-H/2", 32),
         ("uvit", published_uvit(64, 4, 1152, 14), "U-ViT-H/4", 64),
     ],
 )
