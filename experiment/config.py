@@ -260,7 +260,8 @@ class ExperimentConfig(RunConfig):
     """Train a diffusion backbone on the latents of a frozen autoencoder.
 
     Args:
-        model: the backbone: XSwin, USwin, DiT-S/2, UViT-S/2, ... (an unknown name lists all)
+        model: the backbone: XSwin, USwin, DiT-S/2, UViT-S/2 (DiT with long skips), U-ViT-S/2 (as published), ... (an
+            unknown name lists all)
         model_args: constructor arguments of the backbone, overriding those of the named model
         autoencoder: 'embedded', 'embedded-f8c16', 'embedded-taef2', 'pixel', a folder in diffusers' format, or a hub id
         imports: Python modules, by name or as .py files, that add backbones, samplers, ... (docs/extending.md)
