@@ -106,7 +106,7 @@ def test_a_representation_autoencoder_scales_its_latents_itself_and_sees_pixels_
     theirs = (255 * model.decode(x_0).sample).round().clamp(0, 255)
     assert (codec.decode(x_0).float() - theirs).abs().max() <= 1
     assert codec.identity["scale"] == 0.5
-    with pytest.raises(AutoencoderError, match=r"gives images of 32 pixels alone"):
+    with pytest.raises(AutoencoderError, match=r"only gives images of 32 pixels"):
         codec.latent_shape(64, 64)
 
 

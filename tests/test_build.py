@@ -195,7 +195,7 @@ def test_a_guide_that_a_command_names_guides():
     assert resolve_sampling(guided, diffusion, 0, guidance_checkpoint=None) == resolve_sampling(config, diffusion, 0)
     with pytest.raises(ValueError, match=r"--sampling.guidance_checkpoint runs/guide: give --sampling.guidance_scale"):
         resolve_sampling(SamplingConfig(), diffusion, 7, **guide)
-    with pytest.raises(ValueError, match=r"--sampling.guidance_unlabelled true: .*--sampling.guidance_checkpoint too"):
+    with pytest.raises(ValueError, match=r"--sampling.guidance_unlabelled true has no effect without"):
         resolve_sampling(config, diffusion, 7, guidance_unlabelled=True)
 
 

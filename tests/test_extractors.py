@@ -133,7 +133,7 @@ def test_weights_of_something_else(tmp_path: Path, colour_file: Path) -> None:
         Extractor("inception", weights_path=tmp_path / "other.pth")
     with pytest.raises(ExtractorError, match=r"--weights_path .*nowhere\.pth: no such file"):
         Extractor("inception", weights_path=tmp_path / "nowhere.pth")
-    with pytest.raises(ExtractorError, match="loads dinov2-vit-s-14 from torch hub's cache alone"):
+    with pytest.raises(ExtractorError, match="loads dinov2-vit-s-14 only from torch hub's cache"):
         Extractor("dinov2-vit-s-14", weights_path=colour_file)
 
 

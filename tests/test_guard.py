@@ -165,7 +165,7 @@ from machine.accelerator import open_accelerator
 from training.interruption import Interruption
 
 accelerator = open_accelerator("fp32")
-for hours, received, reason in ((1.0, 0, None), (1e-12, 0, "--train.max_hours 1e-12 are over"), (1e-12, 15, "SIGTERM")):
+for hours, received, reason in ((1.0, 0, None), (1e-12, 0, "--train.max_hours 1e-12 is over"), (1e-12, 15, "SIGTERM")):
     interruption = Interruption(Path("."), accelerator, hours)
     interruption.received = received * accelerator.process_index
     for due in (True, False):  # by the main process's clock, whatever the others' says; who stops saves anyhow
@@ -196,7 +196,7 @@ def test_nothing_is_saved_while_steps_are_skipped_nor_with_ruined_weights(accele
 
 def test_time_that_is_over_is_a_reason(accelerator, tmp_path):
     assert Interruption(tmp_path, accelerator, 10.0).reason(1, 10) is None
-    assert Interruption(tmp_path, accelerator, 1e-12).reason(1, 10) == "--train.max_hours 1e-12 are over"
+    assert Interruption(tmp_path, accelerator, 1e-12).reason(1, 10) == "--train.max_hours 1e-12 is over"
 
 
 def test_a_signal_before_the_first_step_stops_at_once(accelerator, tmp_path):

@@ -71,7 +71,7 @@ def test_held_out_images_are_noised_and_denoised(pixels):
     with Image.open(pixels / "runs" / "pixels" / "reconstruct.png") as picture:
         assert picture.width == 12 * (9 * 7 + 2) + 2
     done = run(*flags, "--output", "folder", cwd=pixels, check=False)
-    assert "--output folder: it is one picture, give FILE.png or FILE.pdf" in done.stderr
+    assert "--output folder: --reconstruct draws one picture; give FILE.png or FILE.pdf" in done.stderr
 
 
 def test_labelled_folders_train_an_unconditional_model(pixels):

@@ -116,7 +116,7 @@ def test_a_slurm_job_refuses_to_resume_another_run(tmp_path):
     (tmp_path / "long.yaml").touch()
     launch, asked = script("scripts/launch_slurm.py"), ["--experiment", str(tmp_path / "long.yaml"), "--overrides"]
     for flags in (["--resume", "runs/other"], ["--resume=runs/other"]):
-        with pytest.raises(ValueError, match="--overrides: --resume is auto here"):
+        with pytest.raises(ValueError, match="--overrides: --resume is always auto here"):
             parse(launch.LaunchConfig, [*asked, json.dumps(flags)])
 
 

@@ -152,7 +152,7 @@ def cut(path):
         (lambda folder: (folder / "data-0.tar").write_text("no tar"), r"data-0.tar: not a whole, uncompressed tar"),
         (
             lambda folder: pack(folder / "a.tar", *samples(0, [1]), *samples(0, [1])),
-            r"a.tar: it holds 00000.png twice",
+            r"a.tar: it contains 00000.png twice",
         ),
         (lambda folder: pack(folder / "a.tar", ("x.png", picture(0))), r"a.tar/x.png has no label, .* data-0.tar/"),
         (lambda folder: pack(folder / "a.tar", *samples(0, [-1])), r"a.tar/00000.cls has the label '-1'.*withheld"),
