@@ -78,7 +78,7 @@ def main(config: DemoConfig) -> None:
     scores["class_agreement"] = agreement
     (RUN / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
 
-    print(f"\nThe classifier agrees with the class asked for on {agreement:.1%} of {10 * PER_CLASS} samples.")
+    print(f"\nThe classifier recognises the requested class in {agreement:.1%} of {10 * PER_CLASS} samples.")
     print(f"picture: {display_path(RUN / 'samples.png')}")
     print(f"scores:  {display_path(RUN / 'scores.json')}")
     print(f"The demo took {(time.time() - start) / 60:.1f} minutes.")

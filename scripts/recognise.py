@@ -80,8 +80,8 @@ def main(config: RecogniseConfig) -> None:
     figures: dict[str, Any] = {"held_out_accuracy": accuracy, "num_held_out": len(held_out)}
     guessing = held_out.labels.bincount().max().item() / len(held_out)
     print(
-        f"The classifier is right on {accuracy:.2%} of {len(held_out)} held-out images; "
-        f"always guessing the most frequent class would be right on {guessing:.2%}."
+        f"The classifier's accuracy is {accuracy:.2%} on {len(held_out)} held-out images; "
+        f"always guessing the most frequent class would give {guessing:.2%}."
     )
     for path, save in (
         (config.classifier, partial(classifier.save, classes=classes)),
@@ -116,11 +116,11 @@ def measure(probabilities: Any, labels: Any, real_probabilities: Any, classes: l
         correct = (probabilities.argmax(dim=1) == labels).float()
         per_class = {classes[label]: correct[labels == label].mean().item() for label in labels.unique().tolist()}
         figures |= {"class_agreement": correct.mean().item(), "per_class": per_class}
-        print(f"It takes {correct.mean():.2%} of {len(labels)} samples for the class asked for.")
+        print(f"It recognises {correct.mean():.2%} of {len(labels)} samples as the requested class.")
     (sure, shown), (real_sure, real_shown) = map(sureness, (probabilities, real_probabilities))
     print(
-        f"It is {sure:.2f} sure of {len(probabilities)} samples, {real_sure:.2f} of held-out images; they show "
-        f"{shown:.1f} and {real_shown:.1f} of {len(classes)} classes."
+        f"Its mean confidence is {sure:.2f} on {len(probabilities)} samples and {real_sure:.2f} on held-out images; "
+        f"they cover {shown:.1f} and {real_shown:.1f} of {len(classes)} classes."
     )
     figures |= {"confidence": sure, "held_out_confidence": real_sure}
     return {**figures, "classes_shown": shown, "held_out_classes_shown": real_shown}

@@ -100,8 +100,8 @@ def test_samples_of_the_wrong_class_are_not_recognised(folder):
     assert set(found["per_class"]) == set(shapes.classes)
     assert found["classes_shown"] > 9  # held-out images, which show all ten equally often
     assert found["confidence"] == pytest.approx(found["held_out_confidence"])
-    assert f"{found['confidence']:.2f} sure of 100 samples" in done.stdout
-    assert "of 100 held-out images; always guessing the most frequent class would be right on 10.00%" in done.stdout
+    assert f"confidence is {found['confidence']:.2f} on 100 samples" in done.stdout
+    assert "on 100 held-out images; always guessing the most frequent class would give 10.00%" in done.stdout
     assert done.stdout.splitlines()[1:3] == ["saved: shapes.pt2", "saved: features.pt2"]
     assert class_names(folder / "shapes.pt2") == shapes.classes
     # Its stages look at images of any size, and lead gradients back to them.
@@ -128,7 +128,7 @@ def test_samples_without_labels_have_a_confidence_alone(folder):
     found = json.loads((folder / "sure.json").read_text())
     assert "class_agreement" not in found
     assert found["classes_shown"] == pytest.approx(1)  # three times the same
-    assert "they show 1.0 and" in done.stdout
+    assert "they cover 1.0 and" in done.stdout
 
 
 def test_few_images_are_seen_more_than_four_times():
