@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image
 from processes import assert_same_training, log, run, weights
-from test_backbones import FAMILIES, SIZES, Plain, inputs, small, wake
+from test_backbones import FAMILIES, inputs, small, wake
+from test_outside_backbones import SIZES, Plain
 
 from checkpoints.averages import EMA
 from checkpoints.checkpoint import CheckpointError

@@ -10,7 +10,8 @@ import yaml
 from exact import randn
 from processes import TINY, log, run, weights
 from safetensors.torch import save_file
-from test_backbones import FAMILIES, SIZES, Plain, small, wake
+from test_backbones import FAMILIES, small, wake
+from test_outside_backbones import SIZES, Plain
 from torch import nn
 
 from autoencoders.codec import PixelCodec

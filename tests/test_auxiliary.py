@@ -6,7 +6,7 @@ import yaml
 from accelerate import Accelerator
 from exact import randn
 from processes import TINY, log, run
-from test_backbones import SIZES, Plain
+from test_outside_backbones import SIZES, Plain
 from torch import nn
 from torchvision.models import VGG16_Weights, VGG19_Weights, vgg19
 from torchvision.models.vgg import cfgs, make_layers

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from processes import ROOT, run
-from test_backbones import FAMILIES, SIZES, Plain, small
+from test_backbones import FAMILIES, small
+from test_outside_backbones import SIZES, Plain
 from torch import nn
 
 from checkpoints.training_state import load_optimizer, optimizer_tensors
